@@ -1,8 +1,8 @@
 """What does the arithmetic under the batched engine: prefill and decode for rows of many members.
 
 Two backends exist: `torch_backend` (any Transformers causal LM, any device) and `native`
-(Llama-like models in bf16 on a CPU, one native call per step). The engine schedules, samples and turns ids
-into text; a backend only turns tokens into logits.
+(Llama-like models in bf16 on a CPU, one native call per step). The engine schedules, samples and
+turns ids into text; a backend only turns tokens into logits.
 """
 
 from __future__ import annotations
