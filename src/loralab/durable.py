@@ -1,0 +1,174 @@
+"""Files that survive a kill at any moment: written whole or not at all, or one line at a time.
+
+Two promises. `write_whole` shows readers the old bytes or the new ones, never a mixture.
+`append_line` adds one line of JSON in one write; after a crash at most the last line is torn,
+which `read_lines` passes over and `cut_torn_line` removes. Both are on disk (fsync) on return.
+
+What the operating system refuses (full disk, no permission) becomes a `UserError` of one line,
+and whatever was on disk before the call stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loralab.errors import UserError
+
+TEMPORARY_PREFIX = ".partial-"
+"""Names of unfinished files start so; a crash can leave one behind."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` about `path` into a `UserError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(
+                f"no space left on disk while writing {path}: free some space, then continue "
+                "with --resume; what was written before is kept"
+            ) from error
+        reason = error.strerror or str(error)
+        if error.errno in _FORBIDDEN:
+            raise UserError(
+                f"cannot write {path}: {reason}; make it writable or choose another --run-dir"
+            ) from error
+        raise UserError(f"cannot write {path}: {reason}; choose another --run-dir") from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` (text as UTF-8) atomically; its folder is made if missing.
+
+    Raises:
+        UserError: the system refused; the previous file, if any, is untouched.
+    """
+    # A lone surrogate in model text must not lose the whole file.
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            try:
+                _write_all(handle, data)
+                # mkstemp makes private files; a run directory is meant to be read by others too.
+                os.fchmod(handle, 0o666 & ~_umask())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+        sync_folder(path.parent)
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append `row` to `path` as one line of JSON and wait until it is on disk.
+
+    Floats keep every bit; numpy and torch scalars are taken as plain numbers.
+
+    Raises:
+        UserError: the system refused; the file has the length it had before.
+    """
+    append_lines(path, [row])
+
+
+def append_lines(path: Path, rows: list[Mapping[str, Any]]) -> None:
+    """Append several rows in one write: after a crash some of the last ones may be missing."""
+    if not rows:
+        return
+    data = "".join(json.dumps(row, default=_plain) + "\n" for row in rows).encode()
+    with explain_os_errors(path):
+        new = not path.exists()
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            length = os.fstat(handle).st_size
+            try:
+                _write_all(handle, data)
+                os.fsync(handle)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(handle, length)
+                raise
+        finally:
+            os.close(handle)
+        if new:
+            sync_folder(path.parent)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, [] if there is no file; a torn last line is passed over.
+
+    Raises:
+        UserError: a line other than the last is not JSON, so the file is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; the file is damaged")
+        rows.append(row)
+    return rows
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove what follows the last newline, so that the next append starts a fresh line."""
+    if not path.exists():
+        return
+    with explain_os_errors(path), path.open("r+b") as file:
+        data = file.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            file.truncate(whole)
+            os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable: without it a rename can be lost with the power."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for method in ("tolist", "item"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
