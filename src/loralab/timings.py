@@ -24,7 +24,7 @@ from loralab.errors import UserError
 
 TOTAL = "total_experiment"
 OTHER = "other"
-ONE_TIME = frozenset({"weight_analysis", "init_population", "server_launch", TOTAL, OTHER})
+ONE_TIME = frozenset({"weight_analysis", "init_population", "server_launch", TOTAL})
 """Phases that happen once a run; every other one happens each generation."""
 
 
@@ -109,7 +109,7 @@ class Timings:
             for name, entry in entries.items()
         ]
         if TOTAL in entries and total > known:
-            rows.append(Row(OTHER, total - known, _percent(total - known, total), 1))
+            rows.append(Row(OTHER, total - known, _percent(total - known, total), 0))
         return sorted(rows, key=lambda row: (row.name != TOTAL, -row.seconds, row.name))
 
     def _add(self, name: str, seconds: float, calls: int = 1) -> None:

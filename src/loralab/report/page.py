@@ -1,0 +1,184 @@
+"""A run directory becomes one HTML file that needs nothing else, no network and no script.
+
+Everything a model or a config wrote is text to the template (autoescape); the Content-Security-
+Policy forbids scripts and fetching, so that even a mistake here could not run model text.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from loralab import durable
+from loralab.report import plots, text
+from loralab.report.summary import Change, Pair, Summary, summarise
+from loralab.run import Run
+
+OPEN_EXAMPLES = 8
+"""Held-out examples shown unfolded; the others are one click away."""
+MOST_EXAMPLES = 100
+MOST_SAMPLES = 60
+
+_HERE = Path(__file__).parent
+
+
+def build_report(run_path: str | Path) -> Path:
+    """Write `report.html` and `figures/*.png` into the run directory.
+
+    Works on an unfinished run, and beside a process that writes it.
+
+    Args:
+        run_path: a run directory.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        UserError: there is no run, it is damaged, or the directory cannot be written.
+    """
+    run = Run.open(run_path)
+    view = view_of(run)
+    for chart in view["charts"]:
+        durable.write_whole(run.figures / f"{chart.name}.png", chart.png)
+    target = run.path / "report.html"
+    durable.write_whole(target, render([view]))
+    return target
+
+
+def render(views: list[dict[str, Any]]) -> str:
+    """The page for one or more runs, each as `view_of` gives it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=text.number,
+        share=text.share,
+        duration=text.duration,
+        visible=text.visible,
+        prompt=text.prompt_text,
+        phrase=_phrase,
+    )
+    style = Markup((_HERE / "page.css").read_text(encoding="utf-8"))
+    written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return environment.get_template("page.html.j2").render(
+        views=views, style=style, written=written
+    )
+
+
+def view_of(run: Run) -> dict[str, Any]:
+    """What the template shows of one run."""
+    summary = summarise(run)
+    tone, verdict = summary.verdict()
+    pairs = summary.pairs[:MOST_EXAMPLES]
+    return {
+        "name": str(run.config.get("name") or run.path.resolve().name),
+        "subtitle": _subtitle(run.config),
+        "tone": tone,
+        "verdict": verdict,
+        "summary": summary,
+        "tiles": _tiles(summary),
+        "charts": [
+            # Safe: matplotlib escapes the few labels that come from files.
+            plots.Chart(c.name, c.alt, c.caption, Markup(c.svg), c.png)
+            for c in plots.charts(summary)
+        ],
+        "open_pairs": [_pair_view(pair) for pair in pairs[:OPEN_EXAMPLES]],
+        "more_pairs": [_pair_view(pair) for pair in pairs[OPEN_EXAMPLES:]],
+        "left_out": len(summary.pairs) - len(pairs),
+        "samples": summary.training_samples[-MOST_SAMPLES:],
+        "findings": run.findings(),
+        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        "environment": _flat(run.environment()),
+    }
+
+
+def _tiles(summary: Summary) -> list[dict[str, str]]:
+    """The row of figures under the verdict: label, value, note."""
+    better = summary.better_worse
+    note = f"better on {better[0]}, worse on {better[1]} of {better[2]} examples" if better else ""
+    kept = summary.best_generation
+    done = f"{summary.generations}"
+    if summary.planned is not None and not summary.finished:
+        done += f" of {summary.planned}"
+    return [
+        {
+            "label": "Held-out reward",
+            "value": text.change(summary.held_out.before, summary.held_out.after),
+            "note": note or (f"kept from generation {kept}" if kept is not None else ""),
+        },
+        {
+            "label": "Held-out correct",
+            "value": _shares(summary.correct),
+            "note": "by the task's own measure",
+        },
+        {
+            "label": "Training reward",
+            "value": text.change(summary.reward.before, summary.reward.after),
+            "note": f"population mean, {done} generations",
+        },
+        {
+            "label": "Time",
+            "value": text.duration(summary.seconds),
+            "note": f"{text.duration(summary.seconds_per_generation)} per generation",
+        },
+        {
+            "label": "Tokens per second",
+            "value": text.number(
+                None if summary.tokens_per_second is None else round(summary.tokens_per_second)
+            ),
+            "note": "generated, median",
+        },
+        {"label": "Kernel", "value": summary.kernel or text.MISSING, "note": "used throughout"},
+    ]
+
+
+def _shares(change: Change) -> str:
+    if change.before is None and change.after is None:
+        return text.MISSING
+    return f"{text.share(change.before)} → {text.share(change.after)}"
+
+
+def _pair_view(pair: Pair) -> dict[str, Any]:
+    after = pair.after
+    label = "After"
+    if after is not None and after.get("phase") != "after":
+        label = f"Latest, generation {after.get('generation')}"
+    return {
+        "example": pair.example,
+        "prompt": text.prompt_text(pair.prompt),
+        "gold": pair.gold,
+        "sides": [("Before", pair.before), (label, after)],
+        "timeline": pair.timeline,
+    }
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    task = config.get("task")
+    name = task.get("name") if isinstance(task, Mapping) else task
+    parts = [config.get("kind"), config.get("model"), name, config.get("dtype")]
+    seed = config.get("seed")
+    return " · ".join(
+        [str(part) for part in parts if part] + ([f"seed {seed}"] * (seed is not None))
+    )
+
+
+def _flat(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _phrase(value)) for key, value in facts.items()]
+
+
+def _phrase(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_phrase(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(_phrase(part) for part in value)
+    return text.MISSING if value is None else str(value)
