@@ -383,4 +383,5 @@ def _phases(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    """A phase as a label; a very long one would leave no room for the chart."""
+    return name.replace("_", " ") if len(name) <= 24 else name.replace("_", " ")[:23] + "…"
