@@ -227,8 +227,8 @@ def parse(values: Mapping[str, Any], source: str, overridden: Sequence[str] = ()
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         source = "command line" if "kind" in overridden else source
-        known = " or ".join(map(repr, KINDS))
-        raise UserError(f"{source}: kind is {_shown(kind)}; expected {known}")
+        kinds = " or ".join(map(repr, KINDS))
+        raise UserError(f"{source}: kind is {_shown(kind)}; expected {kinds}")
     schema = KINDS[kind]
     try:
         return schema.model_validate(dict(values))
