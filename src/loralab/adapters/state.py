@@ -39,8 +39,8 @@ class AdapterState:
 
     @property
     def rank(self) -> int:
-        """The largest rank among the modules."""
-        return max(f.A.shape[0] for f in self.factors.values())
+        """The largest rank among the modules; 0 without any."""
+        return max((f.A.shape[0] for f in self.factors.values()), default=0)
 
     def digest(self) -> str:
         """Hex digest of every factor's name, shape and fp32 bytes, order-independent."""

@@ -1,0 +1,128 @@
+"""Timing side by side: rounds over all competitors, medians, peak memory, the machine's facts.
+
+A shared machine drifts by tens of percent within minutes. Competitors therefore take turns
+(round-robin) instead of running one after another, so that a slow minute falls on all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Lap:
+    """One turn of one competitor: seconds to load its members, seconds to generate, tokens made."""
+
+    load: float
+    run: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Timed:
+    """All laps of one competitor on one workload."""
+
+    laps: tuple[Lap, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the laps of tokens / seconds of generation (loading apart)."""
+        return median(lap.tokens / lap.run for lap in self.laps)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Slowest and fastest lap in tokens per second."""
+        rates = [lap.tokens / lap.run for lap in self.laps]
+        return min(rates), max(rates)
+
+    @property
+    def load_seconds(self) -> float:
+        """Median seconds to load the members."""
+        return median(lap.load for lap in self.laps)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens made in a lap."""
+        return self.laps[0].tokens
+
+
+def take_turns(
+    competitors: Mapping[str, Callable[[], Lap]],
+    repeats: int,
+    budget: float | None = None,
+    on_lap: Callable[[str, int, Lap], None] | None = None,
+) -> dict[str, Timed]:
+    """Laps of every competitor, round by round.
+
+    A competitor whose laps have together taken `budget` seconds sits out the rounds that follow
+    (its median is then over fewer laps); without a budget each runs `repeats` times.
+    """
+    laps: dict[str, list[Lap]] = {name: [] for name in competitors}
+    for turn in range(repeats):
+        for name, lap_of in competitors.items():
+            spent = sum(lap.load + lap.run for lap in laps[name])
+            if budget is not None and laps[name] and spent >= budget:
+                continue
+            lap = lap_of()
+            laps[name].append(lap)
+            if on_lap is not None:
+                on_lap(name, turn, lap)
+    return {name: Timed(tuple(done)) for name, done in laps.items()}
+
+
+def peak_rss_gb() -> float:
+    """Highest resident memory of this process so far, in GB (10^9 bytes).
+
+    VmHWM and not getrusage: the latter hands a child the peak of the parent that forked it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / GB
+    raise OSError("/proc/self/status has no VmHWM: peak memory can be read on Linux alone")
+
+
+def pin(core: int | None) -> int | None:
+    """Bind this process, and those it starts, to one core; the last available if None.
+
+    Returns the core, or None where the system has no affinity (macOS).
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    chosen = max(os.sched_getaffinity(0)) if core is None else core
+    os.sched_setaffinity(0, {chosen})
+    return chosen
+
+
+def machine() -> str:
+    """The processor in words: model, cores, and the vector instructions that decide bf16 speed."""
+    model, flags = platform.machine(), set[str]()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    cores = os.cpu_count()
+    return f"{model}, {cores} cores, {' '.join(known) or 'no vector flags read'}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions, "absent" for a package that is not there."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
