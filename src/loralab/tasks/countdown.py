@@ -201,10 +201,8 @@ def format_score(text: str) -> float:
     `<answer>.*?</answer>`. `$` allows one newline after the end.
     """
     if text.startswith(_THINK):
-        seam = f"{_END_THINK}\n{_ANSWER}"
-        at = text.find(seam, len(_THINK))
-        body = text.removesuffix("\n")
-        if at >= 0 and body.endswith(_END_ANSWER) and len(body) >= at + len(seam + _END_ANSWER):
+        seam = text.find(f"{_END_THINK}\n{_ANSWER}", len(_THINK))
+        if seam >= 0 and text.removesuffix("\n").endswith(_END_ANSWER):
             return 1.0
     think = _has_block(text, _THINK, _END_THINK)
     answer = _has_block(text, _ANSWER, _END_ANSWER)
