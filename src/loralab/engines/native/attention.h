@@ -1,0 +1,124 @@
+// Causal attention of one token over a paged cache, for one key-value head and its query heads.
+//
+// A page holds 16 positions of one key-value head in one layer: keys as [hd/2][16][2], so that one
+// load meets 16 keys, then values as [16/2][hd][2], so that one load meets a pair of positions.
+#pragma once
+#include "vectors.h"
+
+namespace ll {
+
+constexpr int PAGE = 16;
+
+static inline void write_key(bf16* page, int slot, const float* key, int hd) {
+  alignas(64) bf16 rounded[LANES];
+  for (int d0 = 0; d0 < hd; d0 += LANES) {
+    store_bf16(rounded, load_f(key + d0));
+    for (int d = 0; d < LANES; d += 2) std::memcpy(page + (d0 + d) * PAGE + slot * 2, rounded + d, 4);
+  }
+}
+
+static inline void write_value(bf16* page, int slot, const float* value, int hd) {
+  bf16* v = page + PAGE * hd + (slot / 2) * hd * 2 + slot % 2;
+  alignas(64) bf16 rounded[LANES];
+  for (int d0 = 0; d0 < hd; d0 += LANES) {
+    store_bf16(rounded, load_f(value + d0));
+    for (int d = 0; d < LANES; d++) v[2 * (d0 + d)] = rounded[d];
+  }
+}
+
+static inline void fetch_page(const bf16* half, int hd) {
+  for (int i = 0; i < PAGE * hd; i += 32) __builtin_prefetch(half + i, 0, 2);
+}
+
+// q: (G, hd) bf16, already times the softmax scale. scores: scratch, G * stride floats.
+// `page_of(i)` gives the i-th page of the sequence. Attends to positions [from, to].
+template <int G, class PageOf>
+static void attend(const bf16* q, int64_t ldq, int hd, int from, int to, PageOf page_of,
+                   float* scores, int64_t stride, bf16* out, int64_t ldo) {
+  const int first = from / PAGE, last = to / PAGE;
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vf minus_inf = splat(-__builtin_inff());
+  vf top[G];
+  for (int g = 0; g < G; g++) top[g] = minus_inf;
+  for (int p = first; p <= last; p++) {
+    const bf16* k = page_of(p);
+    fetch_page(k + PAGE * hd, hd);
+    if (p < last) fetch_page(page_of(p + 1), hd);
+    vf acc[G];
+    for (int g = 0; g < G; g++) acc[g] = vf{};
+    for (int d = 0; d < hd; d += 2, k += 2 * PAGE) {
+      vi kv = load_i(k);
+      for (int g = 0; g < G; g++) acc[g] = dot(acc[g], kv, splat_pair(q + g * ldq + d));
+    }
+    vi position = lane + p * PAGE;
+    vi seen = (position >= from) & (position <= to);
+    for (int g = 0; g < G; g++) {
+      vf s = select(seen, acc[g], minus_inf);
+      store_f(scores + g * stride + (p - first) * PAGE, s);
+      // A NaN score must reach the output: larger() would drop it.
+      top[g] = larger(s, top[g]);
+    }
+  }
+  float inverse[G];
+  const int n = (last - first + 1) * PAGE;
+  for (int g = 0; g < G; g++) {
+    float* s = scores + g * stride;
+    const vf m = splat(largest(top[g]));
+    vf total{};
+    bf16* w = (bf16*)s;  // weights overwrite the scores, half as wide, never ahead of the reading
+    for (int i = 0; i < n; i += LANES) {
+      vf x = load_f(s + i);
+      // Positions that are not seen weigh exactly 0, whatever exp() does with -inf.
+      vf e = select(x == minus_inf, vf{}, exponential(x - m));
+      total += e;
+      store_bf16(w + i, e);
+    }
+    inverse[g] = 1.0f / sum(total);
+  }
+  const vi low_half = splat_i(0x0000ffff);
+  for (int d0 = 0; d0 < hd; d0 += 4 * LANES) {
+    const int nv = hd - d0 < 4 * LANES ? (hd - d0) / LANES : 4;
+    vf acc[G][4];
+    for (int g = 0; g < G; g++)
+      for (int j = 0; j < 4; j++) acc[g][j] = vf{};
+    for (int p = first; p <= last; p++) {
+      const bf16* v = page_of(p) + PAGE * hd + d0 * 2;
+      const int pairs = p == last ? (to % PAGE) / 2 + 1 : PAGE / 2;
+      for (int i = 0; i < pairs; i++, v += 2 * hd) {
+        // The partner of the newest even position is unwritten memory: 0 x NaN would be NaN.
+        const bool alone = p == last && i == pairs - 1 && to % 2 == 0;
+        vi value[4];
+        for (int j = 0; j < nv; j++) {
+          value[j] = load_i(v + 32 * j);
+          if (alone) value[j] &= low_half;
+        }
+        for (int g = 0; g < G; g++) {
+          vi weight = splat_pair((const bf16*)(scores + g * stride) + (p - first) * PAGE + 2 * i);
+          for (int j = 0; j < nv; j++) acc[g][j] = dot(acc[g][j], value[j], weight);
+        }
+      }
+    }
+    for (int g = 0; g < G; g++)
+      for (int j = 0; j < nv; j++)
+        store_bf16(out + g * ldo + d0 + LANES * j, acc[g][j] * inverse[g]);
+  }
+}
+
+template <class PageOf>
+static void attend_heads(int heads, const bf16* q, int64_t ldq, int hd, int from, int to,
+                         PageOf page_of, float* scores, int64_t stride, bf16* out, int64_t ldo) {
+  while (heads > 0) {
+    int g = heads >= 4 ? 4 : heads;
+    switch (g) {
+      case 4: attend<4>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
+      case 3: attend<3>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
+      case 2: attend<2>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
+      case 1: attend<1>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
+    }
+    heads -= g;
+    q += g * ldq;
+    out += g * ldo;
+  }
+}
+
+}  // namespace ll

@@ -1,0 +1,125 @@
+"""Compiles the native kernels on first use and keeps them in the user's cache.
+
+The library speaks plain C through ctypes, so it needs a C++ compiler and nothing else: no torch
+headers, no ninja, about five seconds, once for each machine and version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+SOURCES = ("vectors.h", "gemm.h", "attention.h", "decoder.cpp")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-w",
+)
+
+
+class NativeUnavailableError(RuntimeError):
+    """The kernels cannot be built or loaded here; the message says why."""
+
+
+def _processor() -> str:
+    """What -march=native depends on: a library built on one machine must not run on a lesser."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()} {platform.platform()}"
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept: `$XDG_CACHE_HOME/loralab/native`."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "loralab" / "native"
+
+
+def _compile(compiler: str, target: Path) -> None:
+    here = Path(__file__).parent
+    machine = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A temporary name and a rename: two processes may build at once.
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    command = [compiler, *FLAGS, machine, str(here / "decoder.cpp"), "-o", temporary]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if result.returncode:
+            first = (result.stderr.strip().splitlines() or ["no message"])[0]
+            raise NativeUnavailableError(f"{compiler} failed on the native kernels: {first}")
+        os.replace(temporary, target)
+    except subprocess.TimeoutExpired:
+        raise NativeUnavailableError(f"{compiler} took over 300 s on the native kernels") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    c_int, c_float, pointer, c_long = (
+        ctypes.c_int,
+        ctypes.c_float,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
+    signatures: dict[str, tuple[list[type], type | None]] = {
+        "ll_new": ([c_int] * 8 + [c_float] * 2, pointer),
+        "ll_free": ([pointer], None),
+        "ll_set_module": ([pointer, c_int, c_int, pointer, pointer], None),
+        "ll_set_norm": ([pointer, c_int, c_int, pointer], None),
+        "ll_set_window": ([pointer, c_int, c_int], None),
+        "ll_set_tables": ([pointer] * 4, None),
+        "ll_set_head": ([pointer] * 2, None),
+        "ll_set_members": ([pointer, c_int, c_int, c_float], None),
+        "ll_set_lora": ([pointer, c_int, c_int, pointer, pointer, pointer, c_int], None),
+        "ll_page_bytes": ([pointer], c_long),
+        "ll_forward": (
+            [pointer, c_int, *[pointer] * 5, c_long, pointer, c_long, c_int, *[pointer] * 3, c_int],
+            None,
+        ),
+        "ll_kernel": ([], ctypes.c_char_p),
+    }
+    for name, (arguments, result) in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes = arguments
+        function.restype = result
+    return lib
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises NativeUnavailableError where there is no compiler."""
+    compiler = os.environ.get("CXX") or next(
+        (c for c in ("c++", "g++", "clang++") if shutil.which(c)), None
+    )
+    if compiler is None or shutil.which(compiler) is None:
+        raise NativeUnavailableError("no C++ compiler found (c++, g++, clang++ or $CXX)")
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    key = blake2b(digest_size=12)
+    for part in (version, _processor(), " ".join(FLAGS)):
+        key.update(part.encode())
+    for source in SOURCES:
+        key.update((Path(__file__).parent / source).read_bytes())
+    target = cache_directory() / f"decoder-{key.hexdigest()}.so"
+    try:
+        if not target.exists():
+            _compile(compiler, target)
+        return _declare(ctypes.CDLL(str(target)))
+    except OSError as error:
+        raise NativeUnavailableError(f"cannot keep or load the native kernels: {error}") from error
