@@ -183,6 +183,25 @@ def test_an_unfinished_run_has_a_report(tmp_path: Path, generations: int) -> Non
         assert "no second measurement yet" in text
 
 
+def test_a_long_run_stays_a_page_one_can_open(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", 1000)
+    rows = [
+        {"generation": g, "phase": "before" if g == 0 else "during", "split": "test",
+         "example": f"e{e}", "prompt": "p", "gold": None, "completion": "word " * 800,
+         "reward": 0.1, "correct": False}
+        for g in range(0, 1000, 50) for e in range(130)
+    ]  # fmt: skip
+    with Run.resume(path) as run:
+        run.log_completions(rows)
+    page = build_report(path).read_text()
+    assert len(page) < 2_000_000
+    text = Reader(page).text
+    assert "92 more examples" in text
+    assert "38 further examples are in completions.jsonl" in text
+    assert "Through time: 3 of 19 evaluations" in text
+    assert "Latest, generation 950" in text
+
+
 def test_a_report_beside_its_writer(tmp_path: Path) -> None:
     with Run.create(tmp_path / "run", CONFIG) as run:
         run.log_metrics({"generation": 0, "reward_mean": math.nan, "held_out_reward": math.inf})

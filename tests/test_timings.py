@@ -57,11 +57,15 @@ def test_a_running_phase_counts_up_to_now() -> None:
         with timings.phase("evaluation"):
             clock.now += 2
             with timings.phase("loading"):
+                with timings.phase("create_loras"):
+                    clock.now += 16
                 clock.now += 4
                 with timings.phase("unloading"):
                     clock.now += 8
                     seconds = {name: entry["seconds"] for name, entry in timings.to_dict().items()}
-    assert seconds == {"total_experiment": 15, "evaluation": 2, "loading": 4, "unloading": 8}
+    assert seconds == {
+        "total_experiment": 31, "evaluation": 2, "loading": 4, "create_loras": 16, "unloading": 8,
+    }  # fmt: skip
     assert {name: e["seconds"] for name, e in timings.to_dict().items()} == seconds
 
 

@@ -7,7 +7,7 @@ Policy forbids scripts and fetching, so that even a mistake here could not run m
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ OPEN_EXAMPLES = 8
 """Held-out examples shown unfolded; the others are one click away."""
 MOST_EXAMPLES = 100
 MOST_SAMPLES = 60
+MOST_STEPS = 6
+"""Completions between before and after that one example shows, evenly spread."""
 
 _HERE = Path(__file__).parent
 
@@ -92,8 +94,8 @@ def view_of(run: Run) -> dict[str, Any]:
             plots.Chart(c.name, c.alt, c.caption, Markup(c.svg), c.png)
             for c in plots.charts(summary)
         ],
-        "open_pairs": [_pair_view(pair) for pair in pairs[:OPEN_EXAMPLES]],
-        "more_pairs": [_pair_view(pair) for pair in pairs[OPEN_EXAMPLES:]],
+        "open_pairs": [_pair_view(pair, MOST_STEPS) for pair in pairs[:OPEN_EXAMPLES]],
+        "more_pairs": [_pair_view(pair, MOST_STEPS // 2) for pair in pairs[OPEN_EXAMPLES:]],
         "left_out": len(summary.pairs) - len(pairs),
         "samples": summary.training_samples[-MOST_SAMPLES:],
         "findings": run.findings(),
@@ -148,7 +150,7 @@ def _shares(change: Change) -> str:
     return f"{text.share(change.before)} → {text.share(change.after)}"
 
 
-def _pair_view(pair: Pair) -> dict[str, Any]:
+def _pair_view(pair: Pair, steps: int) -> dict[str, Any]:
     after = pair.after
     label = "After"
     if after is not None and after.get("phase") != "after":
@@ -158,8 +160,16 @@ def _pair_view(pair: Pair) -> dict[str, Any]:
         "prompt": text.prompt_text(pair.prompt),
         "gold": pair.gold,
         "sides": [("Before", pair.before), (label, after)],
-        "timeline": pair.timeline,
+        "timeline": _spread(pair.timeline, steps),
+        "evaluations": len(pair.timeline),
     }
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """At most `most` rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:
