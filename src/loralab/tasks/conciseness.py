@@ -22,11 +22,11 @@ class _Question(NamedTuple):
 
 _QUESTIONS: dict[Split, tuple[_Question, ...]] = {
     "train": (
-        _Question("What is frozen water called?", "Ice"),
+        _Question("Who wrote Romeo and Juliet?", "Shakespeare"),
         _Question("What causes the tides?", "The Moon", ("Moon", "lunar gravity")),
     ),
     "test": (
-        _Question("Who wrote Romeo and Juliet?", "Shakespeare"),
+        _Question("What is frozen water called?", "Ice"),
         _Question("What is the chemical symbol for gold?", "Au"),
         _Question("What is the opposite of hot?", "Cold"),
         _Question(
