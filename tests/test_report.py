@@ -149,18 +149,18 @@ def test_no_field_of_a_run_can_inject(tmp_path: Path) -> None:
         name: f"</style></title></pre></svg>\"'><script>alert('{name}')</script>$x_{{"
         for name in (
             "name", "model", "kernel", "prompt", "gold", "completion", "example", "finding", "key",
-            "timing", "phase", "reward", "generation", "train",
+            "timing", "phase", "reward", "generation", "train", "failed",
         )
     }  # fmt: skip
     row: dict[str, Any] = {
         "generation": marks["generation"], "phase": "before", "split": "test",
         "example": marks["example"], "prompt": [{"role": marks["prompt"], "content": "x"}, {}],
         "gold": marks["gold"], "completion": marks["completion"], "reward": marks["reward"],
-        "correct": None,
+        "correct": None, "failed": marks["failed"],
     }  # fmt: skip
     with Run.create(tmp_path / "run", {"name": marks["name"], "model": marks["model"]}) as run:
         run.note(kernel=marks["kernel"])
-        run.log_metrics({"generation": 0, "reward_mean": 1.0, "seconds": 1.0,
+        run.log_metrics({"generation": 0, "reward_mean": 1.0, "seconds": 1.0, "failed": 3,
                          "phases": {marks["phase"]: 0.5}})  # fmt: skip
         run.log_completions([row, row | {"split": "train", "completion": marks["train"]}])
         run.log_finding({marks["key"]: marks["finding"]})
@@ -168,6 +168,7 @@ def test_no_field_of_a_run_can_inject(tmp_path: Path) -> None:
     page = build_report(tmp_path / "run").read_text()
     assert_harmless(page)
     text = Reader(page).text
+    assert "3 completions could not be generated or scored" in text
     for name in marks:
         if name not in ("example", "phase"):  # not shown; cut to fit the legend
             assert f"alert('{name}')" in text, name

@@ -82,6 +82,8 @@ def test_a_create_cut_short_can_be_repeated(tmp_path: Path) -> None:
     path.mkdir()
     (path / ".lock").touch()
     (path / (durable.TEMPORARY_PREFIX + "x")).write_text("half")
+    (path / (durable.TEMPORARY_PREFIX + "adapter")).mkdir()
+    (path / (durable.TEMPORARY_PREFIX + "adapter") / "weights").write_text("half")
     Run.create(path, CONFIG).close()
     assert not list(path.glob(durable.TEMPORARY_PREFIX + "*"))
 
@@ -216,17 +218,16 @@ time.sleep(60)
 
 def test_two_processes_never_write_the_same_run(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    holder = start(HOLDER, path)
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        with pytest.raises(UserError) as error:
-            Run.resume(path)
-        assert f"process {holder.pid}" in one_line(error)
-        assert Run.open(path).metrics() == []  # reading is free
-    finally:
-        holder.kill()
-        holder.wait()
+    with start(HOLDER, path) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "locked\n"
+            with pytest.raises(UserError) as error:
+                Run.resume(path)
+            assert f"process {holder.pid}" in one_line(error)
+            assert Run.open(path).metrics() == []  # reading is free
+        finally:
+            holder.kill()
     Run.resume(path).close()  # a killed writer holds nothing
 
 
@@ -250,13 +251,12 @@ while True:
 def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path: Path) -> None:
     path, rng, acknowledged = tmp_path / "run", random.Random(0), -1
     for _ in range(8):
-        writer = start(WRITER, path)
-        assert writer.stdout is not None
-        line = writer.stdout.readline()  # it is up; then let it run for a random moment
-        time.sleep(rng.uniform(0, 0.06))
-        writer.send_signal(signal.SIGKILL)
-        lines = [line, *writer.stdout.read().split("\n")]
-        writer.wait()
+        with start(WRITER, path) as writer:
+            assert writer.stdout is not None
+            line = writer.stdout.readline()  # it is up; then let it run for a random moment
+            time.sleep(rng.uniform(0, 0.06))
+            writer.send_signal(signal.SIGKILL)
+            lines = [line, *writer.stdout.read().split("\n")]
         acknowledged = max([acknowledged, *(int(text) for text in lines if text.strip())])
         generations = [row["generation"] for row in Run.open(path).metrics()]
         assert generations == list(range(len(generations)))

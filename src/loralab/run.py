@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -257,7 +258,9 @@ def _sweep(path: Path) -> None:
     with durable.explain_os_errors(path):
         for folder in (path, path / "adapter", path / "checkpoints", path / "figures"):
             for partial in folder.glob(durable.TEMPORARY_PREFIX + "*"):
-                if partial.is_file():
+                if partial.is_dir():
+                    shutil.rmtree(partial)
+                else:
                     partial.unlink()
 
 

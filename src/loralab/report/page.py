@@ -23,7 +23,7 @@ from loralab.run import Run
 OPEN_EXAMPLES = 8
 """Held-out examples shown unfolded; the others are one click away."""
 MOST_EXAMPLES = 100
-MOST_SAMPLES = 60
+MOST_SAMPLES = 30
 MOST_STEPS = 6
 """Completions between before and after that one example shows, evenly spread."""
 
@@ -97,7 +97,7 @@ def view_of(run: Run) -> dict[str, Any]:
         "open_pairs": [_pair_view(pair, MOST_STEPS) for pair in pairs[:OPEN_EXAMPLES]],
         "more_pairs": [_pair_view(pair, MOST_STEPS // 2) for pair in pairs[OPEN_EXAMPLES:]],
         "left_out": len(summary.pairs) - len(pairs),
-        "samples": summary.training_samples[-MOST_SAMPLES:],
+        "samples": _spread(summary.training_samples, MOST_SAMPLES),
         "findings": run.findings(),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": _flat(run.environment()),

@@ -319,6 +319,7 @@ def _finish(
         draw(figure.add_subplot())
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=160, facecolor="white")
+        figure.set_layout_engine("none")  # keep the places it found; finding them again is slow
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     return Chart(name, alt, caption, _for_page(svg.getvalue(), name), png.getvalue())
 

@@ -49,6 +49,7 @@ class Summary:
     planned: generations in the config, None if it does not say.
     best_generation: the one whose adapter was kept.
     seconds_per_generation, tokens_per_second: medians.
+    failed: completions in training that could not be generated or scored.
     """
 
     metrics: tuple[Mapping[str, Any], ...]
@@ -62,6 +63,7 @@ class Summary:
     seconds_per_generation: float | None
     tokens_per_second: float | None
     kernel: str | None
+    failed: int
     timings: tuple[Row, ...]
     pairs: tuple[Pair, ...]
     training_samples: tuple[Mapping[str, Any], ...]
@@ -158,6 +160,7 @@ def summarise(run: Run) -> Summary:
         seconds_per_generation=_median(metrics, "seconds"),
         tokens_per_second=_median(metrics, "tokens_per_second"),
         kernel=None if kernel is None else str(kernel),
+        failed=sum(row["failed"] for row in metrics if _is_index(row, "failed")),
         timings=tuple(table),
         pairs=tuple(_pair_up(completions)),
         training_samples=tuple(row for row in completions if row.get("split") == "train"),
