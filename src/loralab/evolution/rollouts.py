@@ -1,0 +1,146 @@
+"""Which prompts a generation sees, what the members answer, and what the task makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from loralab.config import GenerationConfig
+from loralab.engines.base import Completion, Request, Sampling
+from loralab.tasks.base import Example, Prompt, Score, Split, Task
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion, judged. failed: it could not be generated or scored."""
+
+    example: Example
+    prompt: Prompt
+    text: str
+    tokens: int
+    score: Score
+    failed: str | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one split, the same for every member that answers them.
+
+    key: what sampling seeds come from, besides the example.
+    """
+
+    task: Task
+    split: Split
+    examples: tuple[Example, ...]
+    settings: GenerationConfig
+    key: str
+
+    def requests(self, adapter: str | None) -> list[Request]:
+        """One request an example.
+
+        A prompt's sampling seed is the same for every member (common random numbers), so that
+        members differ by their adapters and not by their luck.
+        """
+        settings = self.settings
+        return [
+            Request(
+                self.task.prompt(example),
+                adapter,
+                Sampling(
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                    top_k=settings.top_k,
+                    top_p=settings.top_p,
+                    seed=_hash(self.key, self.split, example.id) >> 1,
+                    stop=tuple(settings.stop),
+                ),
+            )
+            for example in self.examples
+        ]
+
+    def judge(self, completions: Sequence[Completion]) -> list[Rollout]:
+        """Score completions that answer `requests`, in their order."""
+        return [
+            judge(self.task, example, completion)
+            for example, completion in zip(self.examples, completions, strict=True)
+        ]
+
+
+def judge(task: Task, example: Example, completion: Completion) -> Rollout:
+    """Score one completion; what cannot be generated or scored gets the task's reward floor."""
+    failed = completion.error if completion.finish_reason == "error" else None
+    score = Score(task.reward_floor, correct=False)
+    if failed is None:
+        try:
+            judged = task.score(example, completion.text)
+            if isfinite(judged.reward):
+                score = judged
+            else:
+                failed = f"task {task.name}: reward is {judged.reward}"
+        except Exception as error:  # a task is other people's code, and a run is long
+            failed = f"task {task.name}: {type(error).__name__}: {error}"
+    prompt = task.prompt(example)
+    return Rollout(example, prompt, completion.text, len(completion.tokens), score, failed)
+
+
+def window(generation: int, samples: int | None, total: int) -> tuple[int, ...]:
+    """Training examples of a generation: 0-127, 128-255, ... and around. None takes them all."""
+    count = total if samples is None else min(samples, total)
+    first = generation * count % total
+    return tuple((first + offset) % total for offset in range(count))
+
+
+def fixed_subset(total: int, samples: int | None, seed: int) -> tuple[int, ...]:
+    """A seeded choice of examples, in their order, the same for as long as the run lives."""
+    if samples is None or samples >= total:
+        return tuple(range(total))
+    return tuple(sorted(sorted(range(total), key=lambda i: _hash(seed, "subset", i))[:samples]))
+
+
+def share_correct(rollouts: Sequence[Rollout]) -> float | None:
+    """Share of correct answers among those that the task judges, None if it judges none."""
+    judged = [r.score.correct for r in rollouts if r.score.correct is not None]
+    return sum(judged) / len(judged) if judged else None
+
+
+def reward_table(members: Sequence[Sequence[Rollout]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Rewards (P, prompts)."""
+    return np.array([[r.score.reward for r in row] for row in members], dtype=np.float64)
+
+
+def completion_rows(
+    batch: Batch, rollouts: Sequence[Rollout], generation: int, phase: str
+) -> list[dict[str, Any]]:
+    """Lines of completions.jsonl."""
+    return [_row(batch, rollout, generation, phase) for rollout in rollouts]
+
+
+def _row(batch: Batch, rollout: Rollout, generation: int, phase: str) -> dict[str, Any]:
+    prompt = rollout.prompt
+    return {
+        "generation": generation,
+        "phase": phase,
+        "split": batch.split,
+        "example": rollout.example.id,
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "gold": batch.task.gold(rollout.example),
+        "completion": rollout.text,
+        "reward": rollout.score.reward,
+        "correct": rollout.score.correct,
+        **({"failed": rollout.failed} if rollout.failed else {}),
+    }
+
+
+def plain(prompt: Prompt) -> str:
+    """The last thing said to the model, for a display."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _hash(*parts: object) -> int:
+    text = "|".join(map(str, parts))
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")

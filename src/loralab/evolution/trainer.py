@@ -1,0 +1,188 @@
+"""Evolve an adapter on a task's reward: ask, generate, score, tell, write down, again.
+
+What a run is worth lies in its journal, whose line is the last thing a generation writes: a kill
+at any moment loses at most the generation in flight, and a resumed run ends in the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+
+import torch
+
+from loralab import tasks
+from loralab.config import EvolveConfig
+from loralab.evolution.arena import Arena
+from loralab.evolution.events import Finished, Notice, OnEvent, Started, ignore
+from loralab.evolution.interrupt import Interrupt
+from loralab.evolution.journal import Entry, HeldOut
+from loralab.evolution.measures import generation_done, generation_row, held_out_row, score_of
+from loralab.evolution.opening import Best, better, open_search
+from loralab.evolution.outputs import cast_adapter, log_truncation, save_merged, save_point
+from loralab.evolution.rollouts import completion_rows, reward_table
+from loralab.evolution.shaping import mean_over_prompts
+from loralab.evolution.space import Centre
+from loralab.evolution.strategy import SearchState, ask, tell
+from loralab.evolution.workbench import Open, Workbench, open_batched
+from loralab.run import Run
+from loralab.timings import Timings
+
+SHOWN_DURING = 8
+"""Held-out answers written down each time; before and after, all of them are."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a search went.
+
+    complete: False if it stopped at a signal. generations: done in all. start, best, final:
+    held-out scores of the unperturbed adapter before generation 0, at its best, at the end.
+    digest: of the last point. adapter: the directory with the best one. truncation_error: in
+    weights mode, the relative error of that adapter against the change of the weights.
+    """
+
+    complete: bool
+    generations: int
+    start: HeldOut | None
+    best: HeldOut | None
+    best_generation: int | None
+    final: HeldOut | None
+    digest: str
+    adapter: Path
+    truncation_error: float | None = None
+
+
+def evolve(
+    config: EvolveConfig,
+    run: Run,
+    on_event: OnEvent = ignore,
+    open_workbench: Open = open_batched,
+) -> Result:
+    """Run the search of a config in a run directory, or go on with the one that is there.
+
+    Raises:
+        UserError: something the user can mend; the run can be resumed afterwards.
+    """
+    options, seconds_here = config.evolution, list[float]()
+    timings = Timings.load(run.timings_path)
+
+    def stopping(name: str) -> None:
+        on_event(Notice(f"{name}: stopping after the generation in flight; again to stop at once"))
+
+    with Interrupt(stopping) as interrupt, timings.phase("total_experiment"):
+        task = tasks.get(config.task.name, **config.task.options)
+        with timings.phase("server_launch"):
+            bench = open_workbench(config)
+        run.note(kernel=bench.engine.kernel)
+        arena = Arena(config, task, bench.engine, timings, on_event)
+        search = open_search(config, run, task, bench, timings, on_event)
+        state, journal, best, start = search.state, search.journal, search.best, search.start
+        on_event(
+            Started(
+                model=config.model,
+                task=task.name,
+                kernel=bench.engine.kernel,
+                generations=options.generations,
+                members=options.population,
+                prompts=len(arena.indices(0)),
+                resumed_at=state.generation or None,
+            )
+        )
+
+        while state.generation < options.generations and not interrupt.requested:
+            began, generation = perf_counter(), state.generation
+            batch = arena.training(generation)
+            testing = bool(arena.held_out.examples) and generation % options.eval_every == 0
+
+            with timings.phase("create_loras"):
+                population = ask(state, threads=torch.get_num_threads())
+            answers = arena.meet(population.perturbed, batch, generation, testing)
+            with timings.phase("es_update"):
+                rewards = reward_table(answers.members)
+                means = tuple(mean_over_prompts(rewards))
+                by_prompt = tuple(map(tuple, rewards.tolist()))
+                fitness = by_prompt if options.per_prompt_baseline else means
+                after = tell(state, population, fitness)
+                digest = after.space.digest(after.master)
+
+            held_out = score_of(answers.centre)
+            if held_out is not None:
+                start = start or held_out
+                best = better(best, state, held_out, answers.centre)
+                if best.state is state and options.noise_on != "weights":
+                    save_point(state, config, run.adapter)
+
+            seconds = perf_counter() - began
+            seconds_here.append(seconds)
+            row = generation_row(state, after, population, answers, means, seconds)
+            row |= held_out_row(held_out, answers.centre, best)
+            top = max(answers.everything, key=lambda rollout: rollout.score.reward)
+            shown = answers.centre if generation == 0 else answers.centre[:SHOWN_DURING]
+            phase = "before" if generation == 0 else "during"
+            run.log_completions(
+                completion_rows(batch, [top], generation, "during")
+                + completion_rows(arena.held_out, shown, generation, phase)
+            )
+            run.log_metrics(row)
+            timings.save(run.timings_path)
+            journal.append(Entry(generation, arena.indices(generation), fitness, digest, held_out))
+            state = after
+            time_left = fmean(seconds_here) * (options.generations - state.generation)
+            on_event(generation_done(row, options.generations, top, best, time_left))
+
+        complete = state.generation == options.generations
+        final = None
+        if complete:
+            last = arena.test(state.space.centre(state.master), state.generation)
+            final = score_of(last)
+            if final is not None:
+                best = better(best, state, final, last)
+                row = held_out_row(final, last, best)
+                run.log_metrics({"generation": state.generation, **row})
+        error = _finish(config, run, bench, arena, state, best) if complete else None
+        digest = state.space.digest(state.master)
+    timings.save(run.timings_path)
+    on_event(Finished(complete, state.generation))
+    return Result(
+        complete=complete,
+        generations=state.generation,
+        start=start,
+        best=None if best is None else best.held_out,
+        best_generation=None if best is None else best.state.generation,
+        final=final,
+        digest=digest,
+        adapter=run.adapter,
+        truncation_error=error,
+    )
+
+
+def _finish(
+    config: EvolveConfig,
+    run: Run,
+    bench: Workbench,
+    arena: Arena,
+    state: SearchState,
+    best: Best | None,
+) -> float | None:
+    """Write what the best point answers, and the best and the last adapter.
+
+    In weights mode: the model with the best change merged, and the adapter nearest to it, whose
+    relative error is returned. The last change can be had by replay.
+    """
+    kept = state if best is None else best.state
+    if arena.held_out.examples:
+        answers = None if best is None else best.rollouts
+        if answers is None:  # measured before a resume
+            answers = arena.test(kept.space.centre(kept.master), kept.generation)
+        run.log_completions(completion_rows(arena.held_out, answers, kept.generation, "after"))
+    adapter, truncation = save_point(kept, config, run.adapter)
+    if truncation is None:
+        save_point(state, config, run.checkpoints / "final")
+        return None
+    save_merged(kept, bench, run.path / "merged")
+    centre = Centre(cast_adapter(adapter, next(iter(bench.weights.values())).dtype))
+    log_truncation(truncation, score_of(arena.test(centre, kept.generation)), config, run)
+    return truncation.total
