@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from loralab.models.load import load as load
+from typing import Any
 
 __version__ = "0.1.0"
 
