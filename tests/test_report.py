@@ -240,6 +240,27 @@ def test_the_verdict_is_not_kinder_than_the_numbers(
     assert words in text
 
 
+@pytest.mark.parametrize(("changes", "chance"), [((9, 11, 10, 10), False), ((40, -9, -8, 3), True)])
+def test_a_change_that_may_be_chance_is_called_so(
+    tmp_path: Path, changes: tuple[float, ...], chance: bool
+) -> None:
+    mean = sum(changes) / len(changes)
+    with Run.create(tmp_path / "run", {}) as run:
+        for generation, reward in ((0, -10.0), (1, -10.0 + mean)):
+            run.log_metrics({"generation": generation, "reward_mean": 0, "held_out_reward": reward})
+        for place, delta in enumerate(changes):
+            row = {"split": "test", "example": str(place), "completion": "x"}
+            run.log_completions(
+                [
+                    row | {"phase": "before", "reward": -10},
+                    row | {"phase": "after", "reward": delta - 10},
+                ]
+            )
+    tone, text = summarise(run).verdict()
+    assert tone == ("mixed" if chance else "good")
+    assert ("That may be chance: better on 2, worse on 2 of 4 examples." in text) == chance
+
+
 def test_the_kept_adapter_counts_and_a_repeated_generation_counts_once(tmp_path: Path) -> None:
     run = log(
         tmp_path / "run",

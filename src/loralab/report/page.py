@@ -106,8 +106,6 @@ def view_of(run: Run) -> dict[str, Any]:
 
 def _tiles(summary: Summary) -> list[dict[str, str]]:
     """The row of figures under the verdict: label, value, note."""
-    better = summary.better_worse
-    note = f"better on {better[0]}, worse on {better[1]} of {better[2]} examples" if better else ""
     kept = summary.best_generation
     done = f"{summary.generations}"
     if summary.planned is not None and not summary.finished:
@@ -116,7 +114,8 @@ def _tiles(summary: Summary) -> list[dict[str, str]]:
         {
             "label": "Held-out reward",
             "value": text.change(summary.held_out.before, summary.held_out.after),
-            "note": note or (f"kept from generation {kept}" if kept is not None else ""),
+            "note": summary.better_worse
+            or (f"kept from generation {kept}" if kept is not None else ""),
         },
         {
             "label": "Held-out correct",

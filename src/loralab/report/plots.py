@@ -66,7 +66,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
-_WIDTH, _HEIGHT = 4.3, 2.8  # inches; small, so that text stays readable on a phone
+_WIDTH, _HEIGHT = 4.3, 3.0  # inches; small, so that text stays readable on a phone
 _STACK = (BLUE, ORANGE, GREEN, PURPLE, CORAL, STEEL_BLUE)
 
 
@@ -260,6 +260,7 @@ def lost_signal(metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
     cast, tied = _rows_with(metrics, "unchanged_share"), _rows_with(metrics, "tied_share")
     if not cast and not tied:
         return None
+    most = min(1.0, max(_column(cast, "unchanged_share") + _column(tied, "tied_share")))
 
     def draw(axes: Any) -> None:
         if cast:
@@ -273,7 +274,7 @@ def lost_signal(metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
                 linestyle=(0, (4, 2)), linewidth=1.4, label="tied fitness", **_dot(tied),
             )  # fmt: skip
         _title(axes, "Noise that had no effect")
-        _percent_axis(axes)
+        _percent_axis(axes, next(top for top in (0.02, 0.1, 0.2, 0.4, 1.0) if most <= top))
         _by_generation(axes)
         _legend(axes)
 
@@ -347,14 +348,17 @@ def _by_generation(axes: Any) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _percent_axis(axes: Any) -> None:
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+def _percent_axis(axes: Any, top: float = 1.0) -> None:
+    axes.set_ylim(-0.03 * top, 1.03 * top)
+    axes.set_yticks([0, 0.25 * top, 0.5 * top, 0.75 * top, top])
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0 if top >= 0.2 else 1))
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(loc="best", handlelength=1.6, labelspacing=0.3)
+    """Below the axes, where it can hide no line."""
+    axes.figure.legend(
+        loc="outside lower center", ncols=2, handlelength=1.6, labelspacing=0.3, columnspacing=1.4
+    )
 
 
 def _dot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

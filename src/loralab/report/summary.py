@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,19 +74,34 @@ class Summary:
         return self.planned is None or self.generations >= self.planned
 
     @property
-    def better_worse(self) -> tuple[int, int, int] | None:
-        """Held-out examples whose reward rose, fell, and all that have both ends."""
-        deltas = [
+    def reward_changes(self) -> tuple[float, ...]:
+        """Change of reward of each held-out example that has a completion at both ends."""
+        return tuple(
             pair.after["reward"] - pair.before["reward"]
             for pair in self.pairs
             if pair.before
             and pair.after
             and is_number(pair.before.get("reward"))
             and is_number(pair.after.get("reward"))
-        ]
-        if not deltas:
+        )
+
+    @property
+    def better_worse(self) -> str | None:
+        """On how many held-out examples the reward rose and fell."""
+        changes = self.reward_changes
+        if not changes:
             return None
-        return sum(d > 0 for d in deltas), sum(d < 0 for d in deltas), len(deltas)
+        better, worse = sum(d > 0 for d in changes), sum(d < 0 for d in changes)
+        return f"better on {better}, worse on {worse} of {len(changes)} examples"
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the mean paired change is under two standard errors: it may be chance."""
+        changes = self.reward_changes
+        if len(changes) < 2:
+            return False
+        error = statistics.stdev(changes) / math.sqrt(len(changes))
+        return abs(statistics.fmean(changes)) < 2 * error
 
     def verdict(self) -> tuple[Tone, str]:
         """One or two sentences for the top of the page, and their tone."""
@@ -105,6 +121,9 @@ class Summary:
         else:
             said = f"{name} stayed at {number(change.after)} {span}."
         tone: Tone = "good" if change.delta > 0 else "bad"
+        if change is self.held_out and change.delta and self.within_noise:
+            tone = "mixed"
+            said += f" That may be chance: {self.better_worse}."
         if self.correct.delta is not None:
             before, after = share(self.correct.before), share(self.correct.after)
             if self.correct.delta < 0:
