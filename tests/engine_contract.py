@@ -236,6 +236,8 @@ class EngineContract:
         plain = engine.generate(requests)
         for request, whole in zip(requests, plain, strict=True):
             text = whole.text
+            if len(text) < 8:
+                continue  # it ended by itself before there was anything to stop at
             # Three letters from an odd place: they cross the border of two-letter tokens.
             stop = text[5:8]
             stopped = Sampling(16, stop=("never", stop))

@@ -22,8 +22,8 @@ WINDOW = 5
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 88,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -38,7 +38,7 @@ _SHAPE: dict[str, Any] = {
 def _gpt2() -> Any:
     return tf.GPT2Config(
         vocab_size=VOCABULARY,
-        n_embd=48,
+        n_embd=64,
         n_layer=2,
         n_head=4,
         n_positions=96,

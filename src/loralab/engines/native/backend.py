@@ -7,7 +7,7 @@ so neither does a request's text. Prompts share the pages of the cache that hold
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.state import AdapterState
-from loralab.engines.backend import BASE, StepOutput
+from loralab.engines.backend import StepOutput
 from loralab.engines.native.build import NativeUnavailableError, library
 from loralab.engines.native.pages import PAGE, PagePool
 
@@ -69,15 +69,18 @@ class NativeBackend:
     model: a causal LM that `supports` accepts, in bf16 on the CPU. Its parameters are copied into
         packed form; the model itself is left untouched.
     threads: worker threads; None is torch's number.
+    lib: the compiled kernels; None is the library built for this machine.
     """
 
     joins = True
 
-    def __init__(self, model: nn.Module, threads: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, threads: int | None = None, lib: ctypes.CDLL | None = None
+    ) -> None:
         reason = self.supports(model)
         if reason:
             raise NativeUnavailableError(reason)
-        self._lib = library()
+        self._lib = lib or library()
         self.threads = threads or torch.get_num_threads()
         self.name = f"native-bf16-{self._lib.ll_kernel().decode()}"
         self._model = model
@@ -106,8 +109,6 @@ class NativeBackend:
         self._lib.ll_set_head(self._handle, _pointer(_bf16(model.get_parameter("lm_head.weight"))))
         self._positions = 0
         self.reserve_positions(min(self._limit, 2048))
-        self._changed: set[str] = set()
-        self._members = 0
 
     def __del__(self) -> None:
         handle = getattr(self, "_handle", None)
@@ -158,7 +159,10 @@ class NativeBackend:
         for which, name in ((2, "q_norm"), (3, "k_norm")):
             if hasattr(layer.self_attn, name):
                 self._set_norm(index, which, getattr(layer.self_attn, name))
-        window = getattr(layer.self_attn, "sliding_window", None)
+        # Mistral keeps its window in the config alone, Qwen in the layers it holds for.
+        config: Any = self._model.config
+        owner = config if config.model_type == "mistral" else layer.self_attn
+        window = getattr(owner, "sliding_window", None)
         self._lib.ll_set_window(self._handle, index, int(window or 0))
 
     def _set_module(self, layer: int, which: int, weight: Tensor, bias: Tensor | None) -> None:
@@ -188,16 +192,12 @@ class NativeBackend:
             self._handle, _pointer(self._embedding), _pointer(self._cos), _pointer(self._sin)
         )
 
-    def set_base(self, changes: Mapping[str, Tensor]) -> None:
-        """Base weights := true base + change, by module name; modules not named go back."""
-        for name in self._changed | set(changes):
+    def refresh_base(self, names: Sequence[str]) -> None:
+        """Pack these modules of the model again: their weights have changed."""
+        for name in names:
             layer, which = self._locate(name)
             linear: Any = self._model.get_submodule(name)
-            weight = linear.weight.float()
-            if name in changes:
-                weight = weight + changes[name].to(torch.float32)
-            self._set_module(layer, which, weight, linear.bias)
-        self._changed = set(changes)
+            self._set_module(layer, which, linear.weight, linear.bias)
 
     def _locate(self, name: str) -> tuple[int, int]:
         _, _, layer, module = name.split(".", 3)
@@ -213,11 +213,11 @@ class NativeBackend:
         names = sorted({name for a in adapters for name in a.factors})
         if unknown := self.unknown_modules(names):
             raise ValueError(f"cannot adapt {unknown[0]}: adaptable are {', '.join(MODULES)}")
-        self._members = len(adapters)
         if not adapters:
             self._lib.ll_set_members(self._handle, 0, 0, 1.0)
             return
-        rank = max(a.rank for a in adapters)
+        # Members without factors (a base row each) leave rank at its least.
+        rank = max((a.rank for a in adapters if a.factors), default=1)
         rank = (rank + RANK_MULTIPLE - 1) // RANK_MULTIPLE * RANK_MULTIPLE
         scalings = {a.scaling for a in adapters}
         # One scaling serves all; where they differ each is folded into its own B instead.
@@ -405,6 +405,3 @@ def _join(outputs: Sequence[StepOutput], want_logits: bool) -> StepOutput:
     if not want_logits:
         return StepOutput(best, None)
     return StepOutput(best, torch.cat([o.logits for o in outputs if o.logits is not None]))
-
-
-__all__ = ["BASE", "NativeBackend", "NativeSession"]

@@ -43,15 +43,28 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()} {platform.platform()}"
 
 
+def _machine_flag() -> str:
+    arm = platform.machine() in ("arm64", "aarch64")
+    return "-mcpu=native" if arm else "-march=native"
+
+
+def find_compiler() -> str:
+    """$CXX or the first C++ compiler on the path. Raises NativeUnavailableError without one."""
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if shutil.which(name):
+            return name
+    raise NativeUnavailableError("no C++ compiler found (c++, g++, clang++ or $CXX)")
+
+
 def cache_directory() -> Path:
     """Where compiled libraries are kept: `$XDG_CACHE_HOME/loralab/native`."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "loralab" / "native"
 
 
-def _compile(compiler: str, target: Path) -> None:
+def compile_library(compiler: str, target: Path, machine: str) -> None:
+    """Build the kernels into `target`, for the processor that the flag `machine` names."""
     here = Path(__file__).parent
-    machine = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     target.parent.mkdir(parents=True, exist_ok=True)
     # A temporary name and a rename: two processes may build at once.
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
@@ -69,7 +82,8 @@ def _compile(compiler: str, target: Path) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Give the library's functions their argument types."""
     c_int, c_float, pointer, c_long = (
         ctypes.c_int,
         ctypes.c_float,
@@ -103,11 +117,7 @@ def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
 @cache
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises NativeUnavailableError where there is no compiler."""
-    compiler = os.environ.get("CXX") or next(
-        (c for c in ("c++", "g++", "clang++") if shutil.which(c)), None
-    )
-    if compiler is None or shutil.which(compiler) is None:
-        raise NativeUnavailableError("no C++ compiler found (c++, g++, clang++ or $CXX)")
+    compiler = find_compiler()
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=False
     ).stdout
@@ -119,7 +129,7 @@ def library() -> ctypes.CDLL:
     target = cache_directory() / f"decoder-{key.hexdigest()}.so"
     try:
         if not target.exists():
-            _compile(compiler, target)
-        return _declare(ctypes.CDLL(str(target)))
+            compile_library(compiler, target, _machine_flag())
+        return declare(ctypes.CDLL(str(target)))
     except OSError as error:
         raise NativeUnavailableError(f"cannot keep or load the native kernels: {error}") from error

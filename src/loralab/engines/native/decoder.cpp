@@ -79,7 +79,14 @@ struct Layer {
   int window = 0;  // 0: attends to everything before it
 };
 
+// Scratch of a forward step, kept between steps: fresh memory would be paged in every time.
+struct Workspace {
+  Buffer<float> residual, qkv, scores, head_best;
+  Buffer<bf16> x, mixed, q, h;
+};
+
 struct Model {
+  Workspace space;
   int hidden, inner, heads, kv_heads, hd, vocab, max_positions;
   float eps, softmax_scale;
   std::vector<Layer> layers;
@@ -159,7 +166,18 @@ struct Step {
 
 class Forward {
  public:
-  Forward(const Model& m, const Step& s) : m_(m), s_(s), barrier_(s.threads) {
+  Forward(Model& m, const Step& s)
+      : m_(m),
+        s_(s),
+        barrier_(s.threads),
+        residual_(m.space.residual),
+        qkv_(m.space.qkv),
+        scores_(m.space.scores),
+        head_best_(m.space.head_best),
+        x_(m.space.x),
+        mixed_(m.space.mixed),
+        q_(m.space.q),
+        h_(m.space.h) {
     const int64_t T = s.T;
     qkv_ld_ = (int64_t)m.tiles_of(QKV) * TILE;
     int columns = 0;
@@ -480,8 +498,8 @@ class Forward {
   const Step& s_;
   Barrier barrier_;
   int64_t qkv_ld_, h_ld_, wide_, scores_ld_, page_values_;
-  Buffer<float> residual_, qkv_, scores_, head_best_;
-  Buffer<bf16> x_, mixed_, q_, h_;
+  Buffer<float>&residual_, &qkv_, &scores_, &head_best_;
+  Buffer<bf16>&x_, &mixed_, &q_, &h_;
   std::vector<std::atomic<int>> counters_;
 };
 
@@ -617,7 +635,7 @@ int64_t ll_page_bytes(const Model* m) {
   return (int64_t)m->layers.size() * m->kv_heads * 2 * PAGE * m->hd * sizeof(bf16);
 }
 
-void ll_forward(const Model* m, int T, const int32_t* tokens, const int32_t* positions,
+void ll_forward(Model* m, int T, const int32_t* tokens, const int32_t* positions,
                 const int32_t* sequence, const int32_t* member, const int32_t* pages,
                 int64_t pages_ld, void* cache, int64_t capacity, int R, const int32_t* out_rows, float* logits,
                 int64_t* best, int threads) {
