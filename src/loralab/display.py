@@ -80,7 +80,7 @@ class Display:
             case Finished():
                 self._flight = None
                 if not event.complete:
-                    self._say(f"stopped after generation {event.generation}")
+                    self._say(f"stopped after {event.generation} generations")
         if self._live is not None:
             self._live.update(self._block())
 
