@@ -249,7 +249,7 @@ def test_what_it_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gelu" in str(NativeBackend.supports(model))
     backend = NativeBackend(odd_model())
     wrong = tiny.adapter(odd_model(), seed=0, names=["model.embed_tokens"])
-    with pytest.raises(ValueError, match="cannot adapt model.embed_tokens"):
+    with pytest.raises(ValueError, match=r"cannot adapt .*embed_tokens"):
         backend.load([wrong])
 
 

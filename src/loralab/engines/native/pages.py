@@ -25,7 +25,7 @@ class PagePool:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.capacity = max(1, total // page_bytes)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._memory = mmap.mmap(-1, self.capacity * page_bytes, flags=flags)
+        self._memory = self._reserve(page_bytes, flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -34,6 +34,16 @@ class PagePool:
         self._users: dict[int, int] = {}
         self._known: dict[_Key, int] = {}
         self._key_of: dict[int, _Key] = {}
+
+    def _reserve(self, page_bytes: int, flags: int) -> mmap.mmap:
+        """Address space for all pages; less of it where the system is strict about promises."""
+        while True:
+            try:
+                return mmap.mmap(-1, self.capacity * page_bytes, flags=flags)
+            except OSError as error:
+                if self.capacity == 1:
+                    raise MemoryError(f"no memory for a cache page of {page_bytes} B") from error
+                self.capacity //= 2
 
     def take(self) -> int:
         """A page of one's own. Raises MemoryError when the machine's memory is spoken for."""
