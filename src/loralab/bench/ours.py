@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from loralab.adapters.state import AdapterState
-from loralab.bench.peers import Tokens, never_end
+from loralab.bench.peers import InProcess, Tokens, never_end
 from loralab.bench.workloads import Workload
 from loralab.engines.base import Request, Sampling
 
@@ -29,7 +29,7 @@ def make_engine(model: Any, tokenizer: Any, backend: Literal["native", "torch"])
     return BatchedEngine(model, endless, backend=backend, threads=1)
 
 
-class Ours:
+class Ours(InProcess):
     """`BatchedEngine`: all members and prompts in one batch, prompts tokenised by the engine.
 
     empty: members without a single factor, so that the engine does all it does for a population
@@ -56,6 +56,3 @@ class Ours:
             Request(prompt, name, sampling) for name in self.names for prompt in work.prompts
         ]
         return [list(completion.tokens) for completion in self.engine.generate(requests)]
-
-    def close(self) -> None:
-        """Nothing is held elsewhere."""

@@ -7,6 +7,7 @@ every peer generates the same number of tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -35,6 +36,10 @@ class Peer(Protocol):
         """Greedy tokens of every member on every prompt."""
         ...
 
+    def cpu_seconds(self) -> float:
+        """Processor time spent so far by the process that generates."""
+        ...
+
     def close(self) -> None:
         """Give back what it holds outside this process."""
         ...
@@ -58,7 +63,18 @@ def padded(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-class _Transformers:
+class InProcess:
+    """A peer that runs here and holds nothing elsewhere."""
+
+    def cpu_seconds(self) -> float:
+        """Processor time of this process."""
+        return time.process_time()
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class _Transformers(InProcess):
     """What the three peers on `generate` share: the call, and text at the end as a user needs."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -67,9 +83,6 @@ class _Transformers:
         self.tokenizer = tokenizer
         pad = tokenizer.pad_token_id
         self.pad = 0 if pad is None else int(pad)
-
-    def close(self) -> None:
-        """Nothing is held elsewhere."""
 
     def _continue(self, model: Any, ids: Tensor, mask: Tensor, tokens: int, **more: Any) -> Tokens:
         out = model.generate(

@@ -58,8 +58,11 @@ class Entrant:
         start = time.perf_counter()
         self.peer.load(self.members)
         loaded = time.perf_counter()
+        cpu = self.peer.cpu_seconds()
+        begin = time.perf_counter()
         self.generated = self.peer.generate(work)
         end = time.perf_counter()
+        cpu = self.peer.cpu_seconds() - cpu
         lengths = {len(sequence) for sequence in self.generated}
         wanted = len(self.members) * len(work.ids)
         if lengths != {work.tokens} or len(self.generated) != wanted:
@@ -67,7 +70,7 @@ class Entrant:
                 f"{self.peer.detail}: {len(self.generated)} sequences of {sorted(lengths)} tokens, "
                 f"expected {wanted} of {work.tokens}: the speeds would not compare"
             )
-        return Lap(loaded - start, end - loaded, wanted * work.tokens)
+        return Lap(loaded - start, end - begin, cpu, wanted * work.tokens)
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,8 @@ def _race(work: Workload, entrants: Mapping[str, Entrant], options: Options, say
         options.repeats,
         options.budget,
         lambda name, turn, lap: say(
-            f"{work.name} {turn + 1}/{options.repeats} {name}: {lap.tokens / lap.run:.1f} tokens/s,"
-            f" loaded in {lap.load:.2f} s"
+            f"{work.name} {turn + 1}/{options.repeats} {name}: {lap.tokens / lap.run:.1f} "
+            f"tokens/s, {lap.tokens / lap.cpu:.1f} by processor time, loaded in {lap.load:.2f} s"
         ),
     )
     equal = {}
@@ -255,12 +258,23 @@ def _section(result: Result, kernels: Mapping[str, str]) -> Section:
                 f"{slowest:.0f} to {fastest:.0f}",
                 None if ours is None else ours.tokens_per_second / rate,
                 timed.load_seconds,
+                f"{timed.core_share:.0%}",
                 len(timed.laps),
                 None if name not in result.equal else f"{result.equal[name]:.0%}",
                 kernels[name],
             ]
         )
-    columns = ["way", "tokens/s", "spread", "ours is x", "load s", "laps", "same text", "ran"]
+    columns = [
+        "way",
+        "tokens/s",
+        "spread",
+        "ours is x",
+        "load s",
+        "core",
+        "laps",
+        "same text",
+        "ran",
+    ]
     work = result.work
     return Section(f"{len(work.ids)} {work.title}", work.describe() + ".", columns, rows)
 
@@ -272,6 +286,8 @@ def _closing(
         "`tokens/s` counts generated tokens over the time of prefill and decode, text included; "
         "`load s` is the time to make this generation's members known (packing for loralab, "
         "copying into slots for PEFT, writing and loading files for vLLM) and is not in it. "
+        "`core`: share of the time in which the row had the core to itself; much below 100 % "
+        "other work disturbed it. "
         "`same text`: share of sequences equal to the reference way's, token for token; in "
         "bf16, kernels that round differently part ways at near ties."
     ]
@@ -303,6 +319,7 @@ def _raw(result: Result) -> dict[str, Any]:
         "rows": {
             name: {
                 "tokens_per_second": timed.tokens_per_second,
+                "core_share": timed.core_share,
                 "load_seconds": timed.load_seconds,
                 "equal_to_reference": result.equal.get(name),
                 "laps": [asdict(lap) for lap in timed.laps],

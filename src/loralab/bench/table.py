@@ -24,16 +24,20 @@ class Section:
 
     def markdown(self) -> str:
         """The section; numbers right-aligned, None as a dash."""
-        lines = [f"## {self.heading}", "", self.intro, ""]
-        numeric = [
-            all(not isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))
-        ]
-        lines.append("| " + " | ".join(self.columns) + " |")
-        lines.append("| " + " | ".join("---:" if n else "---" for n in numeric) + " |")
-        lines += ["| " + " | ".join(_text(cell) for cell in row) + " |" for row in self.rows]
+        lines = [f"## {self.heading}", "", self.intro]
+        if self.rows:
+            lines += ["", *self._table()]
         for note in self.notes:
             lines += ["", note]
         return "\n".join(lines) + "\n"
+
+    def _table(self) -> list[str]:
+        numeric = [
+            all(not isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))
+        ]
+        lines = ["| " + " | ".join(self.columns) + " |"]
+        lines.append("| " + " | ".join("---:" if n else "---" for n in numeric) + " |")
+        return lines + ["| " + " | ".join(map(_text, row)) + " |" for row in self.rows]
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,16 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Lap:
-    """One turn of one competitor: seconds to load its members, seconds to generate, tokens made."""
+    """One turn of one competitor.
+
+    load, run: seconds of the clock to load its members and to generate.
+    cpu: seconds of processor time that generating took; below `run` where others had the core.
+    tokens: tokens made.
+    """
 
     load: float
     run: float
+    cpu: float
     tokens: int
 
 
@@ -42,6 +48,11 @@ class Timed:
         """Slowest and fastest lap in tokens per second."""
         rates = [lap.tokens / lap.run for lap in self.laps]
         return min(rates), max(rates)
+
+    @property
+    def core_share(self) -> float:
+        """Median share of the clock's time in which it had the core: 1 on a machine left alone."""
+        return median(lap.cpu / lap.run for lap in self.laps)
 
     @property
     def load_seconds(self) -> float:

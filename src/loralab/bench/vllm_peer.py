@@ -112,7 +112,11 @@ class Vllm:
 
     def peak_gb(self) -> float:
         """Highest resident memory of the worker in GB (10^9 bytes)."""
-        return float(self._ask(op="peak")["kilobytes"]) * 1024 / 1e9
+        return float(self._ask(op="usage")["peak_kilobytes"]) * 1024 / 1e9
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the worker."""
+        return float(self._ask(op="usage")["cpu_seconds"])
 
     def close(self) -> None:
         """End the worker and remove its files."""

@@ -5,7 +5,7 @@ It reads one JSON object a line on stdin and answers with one a line on stdout:
     {"op": "load", "adapters": {"name": "folder", ...}}         -> {}
     {"op": "generate", "prompts": [[id, ...], ...], "adapters": ["name", ...], "tokens": n}
                                                                 -> {"generated": [[id, ...], ...]}
-    {"op": "peak"}                                              -> {"kilobytes": k}
+    {"op": "usage"}                                 -> {"peak_kilobytes": k, "cpu_seconds": s}
 
 An operation that fails answers {"error": text}. Closing stdin ends it.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ class Worker:
                 return self.load(message["adapters"])
             case "generate":
                 return self.generate(message["prompts"], message["adapters"], message["tokens"])
-            case "peak":
-                return {"kilobytes": peak_kilobytes()}
+            case "usage":
+                return {"peak_kilobytes": peak_kilobytes(), "cpu_seconds": time.process_time()}
             case other:
-                raise ValueError(f"operation {other!r}: expected load, generate or peak")
+                raise ValueError(f"operation {other!r}: expected load, generate or usage")
 
     def load(self, adapters: dict[str, str]) -> dict[str, Any]:
         """Drop the loaded adapters, load these under names never used before."""

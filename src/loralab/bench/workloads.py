@@ -85,7 +85,7 @@ def build(name: str, tokenizer: Any, prompts: int, tokens: int) -> Workload:
         raise ValueError(f"workload {name!r}: expected one of {SHORT}, {LONG}, {UNSHARED}")
     texts: list[Prompt] = [task.prompt(e) for e in task.examples("train")[:prompts]]
     if name == UNSHARED:
-        title = "the same prompts, each behind its own first token"
+        title = "Countdown prompts, each behind its own first token (no common prefix)"
         texts = [f"{chr(65 + i)}) {as_text(tokenizer, text)}" for i, text in enumerate(texts)]
     ids = tuple(encode(tokenizer, text) for text in texts)
     return Workload(name, title, tuple(texts), ids, tokens)
