@@ -10,6 +10,7 @@ the sum is rounded once: rounding x W^T first would lose every delta under half 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,27 +29,17 @@ class LoraStack:
     """One module's factors for all members, ready for batched products.
 
     down: (members, in, rank), or (in, rank) when every member shares one `A`.
-    up: (members, rank, out). scaling: (members, 1, 1), or a float where all agree.
+    up: (members, rank, out). scaling: (members, 1, 1), or None where `up` holds it already.
     """
 
     down: Tensor
     up: Tensor
-    scaling: Tensor | float
+    scaling: Tensor | None
 
     @property
     def shared(self) -> bool:
         """Whether all members have the same `A`."""
         return self.down.dim() == 2
-
-
-def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
-    """Zeros appended along `axis` up to `rank`."""
-    missing = rank - factor.shape[axis]
-    if missing == 0:
-        return factor
-    shape = list(factor.shape)
-    shape[axis] = missing
-    return torch.cat([factor, factor.new_zeros(shape)], dim=axis)
 
 
 def stack(
@@ -75,9 +66,11 @@ def stack(
             if pair is not None:
                 rows[member, : pair.A.shape[0]] = pair.A.detach()
         down = rows.transpose(1, 2)
-    if len(set(scalings)) == 1:
-        return LoraStack(down, up, scalings[0])
-    return LoraStack(down, up, torch.tensor(scalings, dtype=dtype, device=device)[:, None, None])
+    factor = torch.tensor(scalings, dtype=dtype, device=device)[:, None, None]
+    if all(math.frexp(scaling)[0] in (0.0, 0.5, -0.5) for scaling in scalings):
+        # Powers of two scale a float exactly, so these need no product of their own each step.
+        return LoraStack(down, up.mul_(factor), None)
+    return LoraStack(down, up, factor)
 
 
 @dataclass(frozen=True)
@@ -149,7 +142,7 @@ def _sliced(stacked: LoraStack, members: slice | Tensor) -> LoraStack:
     return LoraStack(
         stacked.down if stacked.shared else stacked.down[members],
         stacked.up[members],
-        scaling if isinstance(scaling, float | int) else scaling[members],
+        None if scaling is None else scaling[members],
     )
 
 
@@ -162,7 +155,9 @@ def delta(x: Tensor, stacked: LoraStack, routing: Routing) -> Tensor:
     slots = x if routing.slot_rows is None else x.index_select(0, routing.slot_rows)
     slots = slots.reshape(routing.count, routing.width * tokens, x.shape[-1])
     hidden = slots if part.shared else torch.bmm(slots, part.down)
-    out = torch.bmm(hidden * part.scaling, part.up)
+    if part.scaling is not None:
+        hidden = hidden * part.scaling
+    out = torch.bmm(hidden, part.up)
     out = out.view(routing.count * routing.width, tokens, -1)
     if routing.row_slots is not None:
         out = out.index_select(0, routing.row_slots)
