@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,17 @@ def test_lines_lost_swapped_or_repeated_are_seen(tmp_path: Path) -> None:
         contents = read(path)
         assert contents.damage is not None
         assert len(contents.entries) in (1, 2)
+
+
+def test_a_line_of_another_run_is_seen(tmp_path: Path) -> None:
+    path, other = tmp_path / "journal.jsonl", tmp_path / "other.jsonl"
+    write(path)
+    journal = Journal.create(other, replace(HEADER, seed=4))
+    for entry in entries():
+        journal.append(entry)
+    ours, theirs = (p.read_bytes().splitlines(True) for p in (path, other))
+    path.write_bytes(b"".join([*ours[:4], theirs[4], *ours[5:]]))
+    assert len(read(path).entries) == 3
 
 
 def test_what_is_cut_off_is_kept_aside(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ CASES: list[dict[str, Any]] = [
     {"antithetic": False, "population": 7},
     {"optimizer": {"name": "momentum", "lr": 0.5, "momentum": 0.8}},
     {"optimizer": {"name": "adam", "lr": 0.1, "beta1": 0.8, "beta2": 0.95}},
-    {"weight_decay": 0.3},
+    {"weight_decay": 0.3, "optimizer": {"lr": 0.6}},
     {"sigma_schedule": {"name": "cosine", "final": 0.2}, "lr_schedule": {"name": "linear"}},
     {"scale": {"init_scale": 3.0, "perturb_scale": 0.5}},
 ]
@@ -244,7 +244,9 @@ def test_what_the_cast_leaves_unchanged() -> None:
     assert fresh.unchanged_share is not None
     assert fresh.unchanged_share < 1e-3
 
-    big = replace(start, factors={n: Factors(f.A, f.B + 10_000.0) for n, f in start.factors.items()})
+    big = replace(
+        start, factors={n: Factors(f.A, f.B + 10_000.0) for n, f in start.factors.items()}
+    )
     drowned = ask(begin(options(), space(big, dtype=torch.bfloat16), 0)).perturbed
     assert drowned.unchanged_share is not None
     assert drowned.unchanged_share > 0.99

@@ -240,6 +240,32 @@ def test_it_refuses_to_go_on_with_something_else(
         evolve(config, run, open_workbench=lambda _: workbench(FakeEngine(kernel)))
 
 
+def test_the_best_is_kept_even_if_it_came_before_a_kill(tmp_path: Path) -> None:
+    class Decaying(FakeEngine):
+        """Every adapter from generation 5 on writes far too much."""
+
+        def _answer(self, request: Request, length: int) -> Completion:
+            assert request.adapter is not None
+            late = int(request.adapter[1:].split("-")[0]) >= 5
+            return super()._answer(request, length + 500 * late)
+
+    config = make_config(generations=9, eval_every=2)
+    whole, run, _ = start(tmp_path / "whole", config, Decaying())
+    assert whole.best_generation == 4
+    assert whole.best is not None
+    assert whole.final is not None
+    assert whole.best.reward > whole.final.reward + 300
+    start(tmp_path / "cut", config, Decaying())
+    cut_journal(tmp_path / "cut", 6)
+    resumed, again, _ = start(tmp_path / "cut", config, Decaying(), resume=True)
+    assert replace(resumed, adapter=whole.adapter) == whole
+    kept = replay(run, 4)
+    for path in (run.adapter, again.adapter):
+        assert AdapterState.load(path).digest() == kept.space.digest(kept.master)
+    after = [[r for r in x.completions() if r["phase"] == "after"] for x in (run, again)]
+    assert after[0] == after[1][-8:]
+
+
 def test_it_refuses_another_model(tmp_path: Path) -> None:
     config = make_config(generations=2)
     start(tmp_path / "run", config)

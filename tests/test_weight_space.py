@@ -119,6 +119,7 @@ def test_truncation_is_the_svd_s(shape: tuple[int, int]) -> None:
     expected = float(s[4:].norm() / s.norm())
     assert cut.modules["m"] == pytest.approx(expected, rel=1e-5)
     assert cut.total == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0), rtol=1e-4, atol=1e-4)
     assert a.shape == (4, shape[1])
     assert b.shape == (shape[0], 4)
 

@@ -43,8 +43,8 @@ def truncate(
             raise ValueError(f"{name}: the change holds NaN or infinity; nothing to truncate")
         dense = delta.detach().double()
         a, b = _nearest(dense, rank)
-        # Split the size evenly, so that neither factor is extreme.
-        factors[name] = Factors(a.float().contiguous(), (b / scaling).float().contiguous())
+        even = sqrt(scaling)
+        factors[name] = Factors((a / even).float().contiguous(), (b / even).float().contiguous())
         error = (dense - scaling * factors[name].B.double() @ factors[name].A.double()).norm()
         size = dense.norm()
         errors[name] = float(error / size) if size > 0 else 0.0
@@ -60,7 +60,7 @@ def _nearest(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     kept = min(rank, vectors.shape[1])
     top = vectors[:, -kept:].flip(-1)
-    # sqrt of the singular values, so that both factors carry the same share of the size.
+    # A square root of the singular values goes to each factor, so that neither is extreme.
     share = values[-kept:].flip(-1).clamp_min(0).pow(0.25)
     inverse = torch.where(share > 0, 1 / share, 0.0)
     b = top * share if wide else (dense @ top) * inverse

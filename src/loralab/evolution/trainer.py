@@ -142,7 +142,11 @@ def evolve(
                 best = better(best, state, final, last)
                 row = held_out_row(final, last, best)
                 run.log_metrics({"generation": state.generation, **row})
-        error = _finish(config, run, bench, arena, state, best) if complete else None
+        error = None
+        if complete:
+            error = _finish(config, run, bench, arena, state, best)
+        elif best is None and options.noise_on != "weights":
+            save_point(state, config, run.adapter)
         digest = state.space.digest(state.master)
     timings.save(run.timings_path)
     on_event(Finished(complete, state.generation))
