@@ -159,6 +159,27 @@ def test_generate_with_and_without_an_adapter(model: str, adapter: str, capsys: 
     assert adapted != base
 
 
+@pytest.mark.parametrize(
+    ("module", "features"), [("model.layers.7.mlp.up_proj", 64), ("model.layers.0.mlp.up_proj", 32)]
+)
+def test_an_adapter_of_another_model_is_named(
+    module: str, features: int, model: str, tmp_path: Path, capsys: Any
+) -> None:
+    factors = {module: Factors(torch.randn(4, features), torch.randn(88, 4))}
+    AdapterState(factors, 1.0).save(tmp_path)
+    assert loralab("generate", model, "--prompt", "x", "--adapter", str(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert f"is not for model '{model}'" in err
+    assert module in err
+
+
+def test_a_damaged_adapter_is_named(model: str, adapter: str, capsys: Any) -> None:
+    (Path(adapter) / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    assert loralab("generate", model, "--prompt", "x", "--adapter", adapter) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_eval_prints_a_line_or_json(model: str, adapter: str, capsys: Any) -> None:
     common = [model, "--dtype", "float32", "--task", "conciseness", "--max-new-tokens", "4"]
     assert loralab("eval", *common, "--limit", "3") == 0

@@ -232,6 +232,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from loralab.engines.base import Request, Sampling
+    from loralab.evaluate import open_engine
     from loralab.report.text import visible
     from loralab.tasks.base import Message
 
@@ -242,7 +243,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         seed=arguments.seed,
     )
-    engine, adapter = _engine(arguments)
+    engine, adapter = open_engine(
+        arguments.model, arguments.dtype, arguments.device, arguments.adapter
+    )
     [completion] = engine.generate([Request(prompt, adapter, sampling)])
     if completion.error is not None:
         raise UserError(completion.error)
@@ -257,14 +260,16 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from loralab import tasks
     from loralab.config import GenerationConfig
-    from loralab.evaluate import evaluate
+    from loralab.evaluate import evaluate, open_engine
     from loralab.report.text import number, share
 
     task = tasks.get(arguments.task, **_options(arguments.option))
     settings = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature
     )
-    engine, adapter = _engine(arguments)
+    engine, adapter = open_engine(
+        arguments.model, arguments.dtype, arguments.device, arguments.adapter
+    )
     result = evaluate(
         engine, task, settings, adapter, arguments.split, arguments.limit, arguments.seed
     )
@@ -339,29 +344,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     from loralab.bench import population
 
     return population.main(arguments.rest)
-
-
-def _engine(arguments: argparse.Namespace) -> tuple[Any, str | None]:
-    """An engine over the model asked for, and the name of the adapter loaded, if any."""
-    from loralab.adapters.state import AdapterState
-    from loralab.engines.batched import BatchedEngine
-    from loralab.models.load import load
-
-    state = None
-    if arguments.adapter is not None:
-        directory = Path(arguments.adapter)
-        try:
-            state = AdapterState.load(directory)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"adapter {str(directory)!r}: {error.filename}: {reason}") from error
-        except (ValueError, KeyError) as error:
-            raise UserError(f"adapter {str(directory)!r}: cannot be read: {error}") from error
-    engine = BatchedEngine(*load(arguments.model, arguments.dtype, arguments.device))
-    if state is None:
-        return engine, None
-    engine.load({arguments.adapter: state})
-    return engine, arguments.adapter
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:

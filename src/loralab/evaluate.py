@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from safetensors import SafetensorError
+
+from loralab.adapters.state import AdapterState
+from loralab.adapters.targets import linear_weights
 from loralab.config import GenerationConfig
 from loralab.engines.base import Engine, Progress
 from loralab.errors import UserError
@@ -87,3 +92,46 @@ def evaluate(
     batch = Batch(task, split, examples, settings, str(seed))
     completions = engine.generate(batch.requests(adapter), progress)
     return Evaluation(task.name, split, batch.judge(completions))
+
+
+def open_engine(
+    model: str, dtype: str, device: str, adapter: str | None
+) -> tuple[Engine, str | None]:
+    """An engine over a model, with the adapter of a directory loaded, and that adapter's name.
+
+    Raises:
+        UserError: there is no such model or adapter, or the adapter belongs to another model.
+    """
+    from loralab.engines.batched import BatchedEngine
+    from loralab.models.load import load
+
+    state = None if adapter is None else _read(Path(adapter))
+    loaded, tokenizer = load(model, dtype, device)
+    if state is not None:
+        _check_fit(state, loaded, f"adapter {adapter!r} is not for model {model!r}")
+    engine = BatchedEngine(loaded, tokenizer)
+    if state is None or adapter is None:
+        return engine, None
+    engine.load({adapter: state})
+    return engine, adapter
+
+
+def _read(directory: Path) -> AdapterState:
+    try:
+        return AdapterState.load(directory)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"adapter {str(directory)!r}: {error.filename}: {reason}") from error
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"adapter {str(directory)!r}: cannot be read: {error}") from error
+
+
+def _check_fit(state: AdapterState, model: Any, complaint: str) -> None:
+    try:
+        weights = linear_weights(model, sorted(state.factors))
+    except UserError as error:
+        raise UserError(f"{complaint}: {error}") from error
+    for module, (a, b) in state.factors.items():
+        given, needed = (b.shape[0], a.shape[1]), tuple(weights[module].shape)
+        if given != needed:
+            raise UserError(f"{complaint}: {module} is {needed}, the adapter's {given}")
