@@ -193,7 +193,7 @@ class EngineContract:
     def test_little_memory_gives_the_same_text(self, case: Case) -> None:
         engine, requests = case.engine(), case.requests()
         plain = engine.generate(requests)
-        row = engine._bytes(_row(17, 16), 33 + 1)
+        row = engine._backend.row_bytes(17 + 1 + 16) + 4 * tiny.VOCABULARY
         small = case.engine(memory_gb=3.5 * row / 1e9)
         calls: list[tuple[int, int]] = []
         waves = small.generate(requests, lambda done, total: calls.append((done, total)))
@@ -342,9 +342,3 @@ class EngineContract:
         engine.set_base({})
         assert all(torch.equal(before[k], v) for k, v in case.model.state_dict().items())
         assert engine.generate(requests) == plain
-
-
-def _row(prompt: int, new: int) -> Any:
-    from loralab.engines.stopping import Decoder, Row
-
-    return Row(0, [0] * prompt, 0, new, Sampling(new), Decoder(None, frozenset()))

@@ -203,6 +203,16 @@ def test_other_attention_implementations_keep_theirs(attention: str) -> None:
     assert made.model.config._attn_implementation == attention
 
 
+def test_adapters_on_the_output_head() -> None:
+    made = case("llama")
+    names = [tiny.linear_names(made.model)[3], "lm_head"]
+    made.adapters = {
+        f"m{i}": tiny.adapter(made.model, seed=i, names=names, size=0.5) for i in range(4)
+    }
+    requests = made.requests()
+    made.check(requests, made.engine().generate(requests))
+
+
 def test_a_failing_forward_leaves_the_model_whole() -> None:
     made = case("llama")
     engine = made.engine()

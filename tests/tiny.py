@@ -55,7 +55,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: tf.Gemma3TextConfig(
         **_SHAPE,
         head_dim=16,
-        query_pre_attn_scalar=16,
+        query_pre_attn_scalar=40,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"],
     ),

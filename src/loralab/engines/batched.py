@@ -117,9 +117,10 @@ class BatchedEngine:
         budget = cache_budget(self._device, self._memory_gb)
         rows = [self._row(index, request) for index, request in enumerate(requests)]
         for row in rows:
-            if row.completion is None and (need := self._bytes(row, row.total)) > budget:
+            row.cost = self._backend.row_bytes(row.total) + self._logits_bytes(row)
+            if row.completion is None and row.cost > budget:
                 row.fail(
-                    f"{row.total} tokens need {need / 1e9:.2f} GB of cache, more than the "
+                    f"{row.total} tokens need {row.cost / 1e9:.2f} GB of cache, more than the "
                     f"{budget / 1e9:.2f} GB allowed (memory_gb): shorten it or allow more"
                 )
         finished = sum(row.completion is not None for row in rows)
@@ -150,10 +151,9 @@ class BatchedEngine:
             )
         return row
 
-    def _bytes(self, row: Row, tokens: int) -> int:
-        """Memory of a row: its cache, and its logits with what sampling makes of them."""
-        logits = self._vocabulary * (4 if row.sampling.temperature == 0 else 24)
-        return self._backend.row_bytes(tokens) + logits
+    def _logits_bytes(self, row: Row) -> int:
+        """Memory of a row's logits, with what sampling makes of them."""
+        return self._vocabulary * (4 if row.sampling.temperature == 0 else 24)
 
 
 class _Run:
@@ -204,20 +204,21 @@ class _Run:
 
     def _admit(self) -> list[Row]:
         """Take as many waiting rows as memory allows; at least one if nothing is active."""
-        engine, new = self._engine, list[Row]()
-        if engine._backend.joins:
-            used = sum(engine._bytes(row, row.total) for row in self._active)
+        engine, backend, new = self._engine, self._engine._backend, list[Row]()
+        if backend.joins:
+            used = sum(row.cost for row in self._active)
             while self._waiting:
-                used += engine._bytes(self._waiting[0], self._waiting[0].total)
+                used += self._waiting[0].cost
                 if used > self._budget and (new or self._active):
                     break
                 new.append(self._waiting.popleft())
             return new
-        prompt = limit = 0
+        prompt = limit = logits = 0
         while self._waiting:
             row = self._waiting[0]
             prompt, limit = max(prompt, len(row.prompt)), max(limit, row.limit)
-            used = sum(engine._bytes(r, prompt + limit) for r in [*new, row])
+            logits += engine._logits_bytes(row)
+            used = (len(new) + 1) * backend.row_bytes(prompt + limit) + logits
             if used > self._budget and new:
                 break
             new.append(self._waiting.popleft())

@@ -78,6 +78,8 @@ class Row:
         self.member = member
         self.limit = limit
         self.sampling = sampling
+        self.cost = 0
+        """Memory it may come to take, in bytes."""
         self.tokens: list[int] = []
         self.completion: Completion | None = None
         self._decoder = decoder
