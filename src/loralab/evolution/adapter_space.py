@@ -58,30 +58,30 @@ class AdapterSpace:
         sigma_factor: float,
         threads: int,
     ) -> Perturbed:
-        count = pairs(population, antithetic)
-        keep = count * self.layout.size <= NOISE_KEPT
+        count, size = pairs(population, antithetic), self.layout.size
+        keep = count * size <= NOISE_KEPT
         centre = _cast(master, self.dtype)
-        factors = {name: sigma * sigma_factor for name, sigma in self.sigmas.items()}
+        sigmas = {name: sigma * sigma_factor for name, sigma in self.sigmas.items()}
+        # Two blocks, given back whole: thousands of small pieces would be left as fragments.
+        noise = np.empty((count, size), dtype=np.float32) if keep else None
+        casts = torch.empty((population, size), dtype=self.dtype)
 
-        def members_of(pair: int) -> tuple[list[Tensor], int, Floats | None]:
-            noise = draw(self.layout, seed, generation, pair)
-            offset = self.layout.scaled(noise, factors)
-            signs = (1, -1) if antithetic else (1,)
-            casts = [_cast(master + np.float32(sign) * offset, self.dtype) for sign in signs]
-            same = sum(int(torch.count_nonzero(cast == centre)) for cast in casts)
-            return casts, same, noise if keep else None
+        def fill_pair(pair: int) -> int:
+            eps = draw(self.layout, seed, generation, pair, None if noise is None else noise[pair])
+            offset, same = self.layout.scaled(eps, sigmas), 0
+            for member in (2 * pair, 2 * pair + 1) if antithetic else (pair,):
+                _, sign = pair_and_sign(member, antithetic)
+                moved = master + np.float32(sign) * offset
+                casts[member].copy_(torch.from_numpy(moved))
+                same += int(torch.count_nonzero(casts[member] == centre))
+            return same
 
-        drawn = in_threads(members_of, range(count), threads)
-        members = []
-        for member in range(population):
-            pair, sign = pair_and_sign(member, antithetic)
-            members.append(self._state(drawn[pair][0][0 if sign > 0 else 1], self._cast_a))
-        noise = tuple(noise for _, _, noise in drawn if noise is not None)
+        same = sum(in_threads(fill_pair, range(count), threads))
         return Perturbed(
             centre=Centre(self._state(centre, self._cast_a)),
-            members=tuple(members),
-            noise=noise if keep else None,
-            unchanged_share=sum(same for _, same, _ in drawn) / (population * self.layout.size),
+            members=tuple(self._state(cast, self._cast_a) for cast in casts),
+            noise=None if noise is None else tuple(noise),
+            unchanged_share=same / casts.numel(),
         )
 
     def ascent(

@@ -37,9 +37,11 @@ def fill(out: Floats, seed: int, generation: int, pair: int, name: str) -> None:
     stream.standard_normal(out=out, dtype=np.float32)
 
 
-def draw(layout: Layout, seed: int, generation: int, pair: int) -> Floats:
+def draw(
+    layout: Layout, seed: int, generation: int, pair: int, out: Floats | None = None
+) -> Floats:
     """Standard normals for every tensor of the layout, as one flat vector (layout.size,)."""
-    noise = np.empty(layout.size, dtype=np.float32)
+    noise = np.empty(layout.size, dtype=np.float32) if out is None else out
     for name, part in layout.parts(noise):
         fill(part, seed, generation, pair, name)
     return noise

@@ -130,6 +130,7 @@ def evolve(
             timings.save(run.timings_path)
             journal.append(Entry(generation, arena.indices(generation), fitness, digest, held_out))
             state = after
+            del population, answers  # or two generations' members would be held at once
             time_left = fmean(seconds_here) * (options.generations - state.generation)
             on_event(generation_done(row, options.generations, top, best, time_left))
 
