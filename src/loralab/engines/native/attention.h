@@ -44,16 +44,20 @@ static void attend(const bf16* q, int64_t ldq, int hd, int from, int to, PageOf 
     const bf16* k = page_of(p);
     fetch_page(k + PAGE * hd, hd);
     if (p < last) fetch_page(page_of(p + 1), hd);
-    vf acc[G];
-    for (int g = 0; g < G; g++) acc[g] = vf{};
-    for (int d = 0; d < hd; d += 2, k += 2 * PAGE) {
-      vi kv = load_i(k);
-      for (int g = 0; g < G; g++) acc[g] = dot(acc[g], kv, splat_pair(q + g * ldq + d));
+    // Two chains for each head: one alone would wait for its own sum at every step.
+    vf even[G], odd[G];
+    for (int g = 0; g < G; g++) even[g] = odd[g] = vf{};
+    for (int d = 0; d < hd; d += 4, k += 4 * PAGE) {
+      vi k0 = load_i(k), k1 = load_i(k + 2 * PAGE);
+      for (int g = 0; g < G; g++) {
+        even[g] = dot(even[g], k0, splat_pair(q + g * ldq + d));
+        odd[g] = dot(odd[g], k1, splat_pair(q + g * ldq + d + 2));
+      }
     }
     vi position = lane + p * PAGE;
     vi seen = (position >= from) & (position <= to);
     for (int g = 0; g < G; g++) {
-      vf s = select(seen, acc[g], minus_inf);
+      vf s = select(seen, even[g] + odd[g], minus_inf);
       store_f(scores + g * stride + (p - first) * PAGE, s);
       // A NaN score must reach the output: larger() would drop it.
       top[g] = larger(s, top[g]);
