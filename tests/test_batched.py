@@ -180,6 +180,9 @@ def test_a_shared_prefix_is_run_once_per_member(kind: str, monkeypatch: pytest.M
         whole = len(requests) * 40
         # A sliding window counts columns: there every row runs its own prefix.
         assert (prefill < whole / 2) == (kind != "mistral")
+    made.prompts = [prefix] * 3
+    requests = made.requests()
+    made.check(requests, made.engine().generate(requests))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "mistral"])
@@ -192,6 +195,23 @@ def test_prefill_in_small_pieces_is_the_same(kind: str, monkeypatch: pytest.Monk
     made.prompts = [f"{prefix} {tiny.words(n, seed=n)}" for n in (1, 4, 9)]
     requests = made.requests()
     made.check(requests, made.engine().generate(requests))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_columns_never_written_are_never_felt(fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New buffers hold NaN here, as memory that was used before may."""
+    made = case("llama")
+    monkeypatch.setitem(torch_session._PREFILL_TOKENS, "cpu", 40)
+    requests = made.requests()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert bool(torch.empty(3).isnan().all())
+        engine = made.engine()
+        engine._backend.fixed = fixed  # type: ignore[attr-defined]
+        completions = engine.generate(requests)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    made.check(requests, completions)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -115,7 +115,8 @@ def test_kept_tokens_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) 
     # Ties, as bf16 logits have them, also across the edge of top-k.
     logits[1] = (logits[1] * 2).round() / 2
     sweep = torch.linspace(0, 1, 30_000, dtype=torch.float64)[:-1]
-    monkeypatch.setattr(module, "_CANDIDATES", 8)
+    monkeypatch.setattr(module, "_CANDIDATES", (8, 20))
+    monkeypatch.setattr(module, "_BLOCK", 3)
     for temperature, top_k, top_p in SETTINGS:
         expected = reference(logits, (temperature, top_k, top_p))
         for row in range(4):
@@ -141,9 +142,9 @@ def test_few_candidates_and_a_full_sort_agree(
     logits = (torch.randn(300, 5000, generator=generator) * 2).bfloat16().float()
     settings = [Sampling(1, *setting, seed) for seed in range(300)]
     steps = list(range(300))
-    monkeypatch.setattr(module, "_CANDIDATES", 5000)
+    monkeypatch.setattr(module, "_CANDIDATES", ())
     whole = sample(logits, settings, steps)
-    for few in (1, 64, 1024):
+    for few in ((1,), (64, 100), (1024, 4000)):
         monkeypatch.setattr(module, "_CANDIDATES", few)
         assert torch.equal(sample(logits, settings, steps), whole)
 
@@ -160,6 +161,17 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert torch.equal(mixed, together[order])
     for row in range(24):
         assert sample(logits[row : row + 1], [settings[row]], [steps[row]])[0] == together[row]
+
+
+def test_many_rows_are_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(40, 500, generator=torch.Generator().manual_seed(4))
+    settings = [Sampling(1, 1.0, 0, 0.9 if i % 3 else 1.0, i) for i in range(40)]
+    whole = sample(logits, settings, [2] * 40)
+    same = [Sampling(1, 1.0, seed=i) for i in range(40)]
+    plain = sample(logits, same, [2] * 40)
+    monkeypatch.setattr(module, "_WORKING_LOGITS", 3000)
+    assert torch.equal(sample(logits, settings, [2] * 40), whole)
+    assert torch.equal(sample(logits, same, [2] * 40), plain)
 
 
 def test_a_tiny_temperature_is_greedy_and_infinities_are_never_drawn() -> None:

@@ -152,8 +152,8 @@ class BatchedEngine:
         return row
 
     def _logits_bytes(self, row: Row) -> int:
-        """Memory of a row's logits, with what sampling makes of them."""
-        return self._vocabulary * (4 if row.sampling.temperature == 0 else 24)
+        """Memory of a row's logits: bf16 and, to sample from, float32."""
+        return self._vocabulary * (4 if row.sampling.temperature == 0 else 8)
 
 
 class _Run:

@@ -17,11 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loralab.engines.base import Sampling
 
-_CANDIDATES = 1024
-"""Logits looked at before the whole vocabulary is sorted: a nucleus is rarely larger."""
+_CANDIDATES = (64, 1024, 8192)
+"""Likeliest logits looked at before the whole vocabulary is sorted: a nucleus is rarely larger."""
+_BLOCK = 256
+"""Weights summed at once where a long row is inverted: a cumulative sum of all is slower."""
+
+_WORKING_LOGITS = 2**22
+"""Logits worked on at once: float64 copies of a large batch's would dwarf its cache."""
 
 _ROUND_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -71,11 +77,13 @@ def sample(logits: Tensor, settings: Sequence[Sampling], steps: Sequence[int]) -
     groups: dict[tuple[float, int, float], list[int]] = {}
     for row, setting in enumerate(settings):
         groups.setdefault((setting.temperature, setting.top_k, setting.top_p), []).append(row)
+    at_once = max(_WORKING_LOGITS // logits.shape[-1], 1)
     for (temperature, top_k, top_p), members in groups.items():
-        if len(members) == logits.shape[0]:
+        if len(members) == logits.shape[0] <= at_once:
             return _draw(logits, draws, temperature, top_k, top_p)
-        rows = torch.tensor(members, device=logits.device)
-        tokens[rows] = _draw(logits[rows], draws[rows], temperature, top_k, top_p)
+        for start in range(0, len(members), at_once):
+            rows = torch.tensor(members[start : start + at_once], device=logits.device)
+            tokens[rows] = _draw(logits[rows], draws[rows], temperature, top_k, top_p)
     return tokens
 
 
@@ -85,18 +93,21 @@ def _draw(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p: 
         return logits.max(-1).indices
     vocabulary = logits.shape[-1]
     # Taking the maximum off first keeps a tiny temperature from overflowing.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    limited = 0 < top_k < vocabulary
-    if not limited and top_p >= 1:
-        return _invert(scaled.double().exp_(), draws)
-    count = min(vocabulary, top_k + 32 if limited else _CANDIDATES)
-    ids, kept, enough = _filter(scaled, count, top_k if limited else 0, top_p)
-    picked = ids.gather(1, _invert(kept, draws)[:, None])[:, 0]
-    if not bool(enough.all()):
-        rest = (~enough).nonzero()[:, 0]
-        ids, kept, _ = _filter(scaled[rest], vocabulary, top_k if limited else 0, top_p)
-        picked[rest] = ids.gather(1, _invert(kept, draws[rest])[:, None])[:, 0]
-    return picked
+    scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    kept_k = top_k if top_k < vocabulary else 0
+    if not kept_k and top_p >= 1:
+        return _invert(scaled.exp_(), draws)
+    counts = [kept_k + 32] if kept_k else list(_CANDIDATES)
+    tokens = torch.empty(logits.shape[0], dtype=torch.long, device=logits.device)
+    left = torch.arange(logits.shape[0], device=logits.device)
+    for count in [*(c for c in counts if c < vocabulary), vocabulary]:
+        ids, weights, enough = _filter(scaled, count, kept_k, top_p)
+        picked = ids.gather(1, _invert(weights, draws)[:, None])[:, 0]
+        tokens[left[enough]] = picked[enough]
+        if bool(enough.all()):
+            break
+        left, scaled, draws = left[~enough], scaled[~enough], draws[~enough]
+    return tokens
 
 
 def _filter(scaled: Tensor, count: int, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +135,7 @@ def _filter(scaled: Tensor, count: int, top_k: int, top_p: float) -> tuple[Tenso
         # Ties with the k-th logit may reach past the candidates.
         enough = last < threshold
     else:
-        total = scaled.double().exp_().sum(-1) if count < vocabulary else weights.sum(-1)
+        total = _blocks(scaled.exp()).sum(-1).sum(-1, dtype=torch.float64)
         enough = torch.zeros_like(last, dtype=torch.bool)
     if top_p < 1:
         reached = weights.cumsum(-1)
@@ -143,11 +154,33 @@ def _filter(scaled: Tensor, count: int, top_k: int, top_p: float) -> tuple[Tenso
 
 
 def _invert(weights: Tensor, draws: Tensor) -> Tensor:
-    """Index (rows,) at which the cumulative weight (rows, n) float64 first exceeds draw x total."""
-    reached = weights.cumsum(-1)
-    target = draws.to(reached.dtype) * reached[:, -1]
+    """Index (rows,) at which the cumulative weight (rows, n) first exceeds draw x total."""
+    rows, n = weights.shape
+    if n <= 4 * _BLOCK:
+        reached = weights.cumsum(-1, dtype=torch.float64)
+        return _first_above(weights, reached, draws * reached[:, -1])
+    blocks = _blocks(weights)
+    # Few enough to add in float32; asking for float64 here would copy every weight first.
+    sums = blocks.sum(-1).double()
+    reached = sums.cumsum(-1)
+    target = draws * reached[:, -1]
+    block = _first_above(sums, reached, target)
+    before = pad(reached, (1, 0)).gather(1, block[:, None])[:, 0]
+    inside = blocks[torch.arange(rows, device=block.device), block]
+    reached = inside.cumsum(-1, dtype=torch.float64)
+    return block * _BLOCK + _first_above(inside, reached, target - before)
+
+
+def _blocks(weights: Tensor) -> Tensor:
+    """View weights (rows, n) as (rows, blocks, block), with zeros appended where n is uneven."""
+    missing = -weights.shape[-1] % _BLOCK
+    whole = pad(weights, (0, missing)) if missing else weights
+    return whole.view(weights.shape[0], -1, _BLOCK)
+
+
+def _first_above(weights: Tensor, reached: Tensor, target: Tensor) -> Tensor:
+    """First index (rows,) where reached (rows, n) exceeds target (rows,), at a positive weight."""
     index = torch.searchsorted(reached, target[:, None], right=True)[:, 0]
     # Rounding can put the target on the total itself: step back to the last token of any weight.
-    positive = weights > 0
-    last = weights.shape[-1] - 1 - positive.flip(-1).to(torch.int8).max(-1).indices
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.int8).max(-1).indices
     return torch.minimum(index, last)

@@ -20,7 +20,8 @@ from loralab.engines.lora_linear import Routing
 if TYPE_CHECKING:
     from loralab.engines.torch_backend import TorchBackend
 
-_PREFILL_TOKENS = {"cpu": 4096, "cuda": 32768}
+_PREFILL_TOKENS = {"cpu": 4096}
+_PREFILL_TOKENS_GPU = 32768
 """Tokens of one prefill forward: bounds the memory of its activations."""
 _WORTH_SHARING = 256
 """Prefill tokens that sharing a prefix must save, to pay for the extra forward."""
@@ -80,7 +81,7 @@ class TorchSession:
             self._prefill_prefix(prompts[0][:shared])
         logits = [
             self._prefill(prompts, chunk, shared, longest)
-            for chunk in _chunks([len(p) - shared for p in prompts], _PREFILL_TOKENS[device.type])
+            for chunk in _chunks([len(p) - shared for p in prompts], _prefill_tokens(device))
         ]
         self._columns = longest
         self._positions = lengths[:, None].clone()
@@ -112,7 +113,7 @@ class TorchSession:
         backend, device = self._backend, self._backend.device
         unique = list(dict.fromkeys(self._members))
         width = len(prefix)
-        per_chunk = max(_PREFILL_TOKENS[device.type] // width, 1)
+        per_chunk = max(_prefill_tokens(device) // width, 1)
         for start in range(0, len(unique), per_chunk):
             members = unique[start : start + per_chunk]
             cache = PopulationCache(backend.layers, len(members), width)
@@ -236,6 +237,10 @@ class TorchSession:
         self._routing = self._backend.route(self._members)
         self._cache.cursor.rows = slice(0, wanted)
         self._tokens, self._graph, self._steps_since_layout = None, None, 0
+
+
+def _prefill_tokens(device: torch.device) -> int:
+    return _PREFILL_TOKENS.get(device.type, _PREFILL_TOKENS_GPU)
 
 
 def _chunks(lengths: Sequence[int], tokens: int) -> list[slice]:
