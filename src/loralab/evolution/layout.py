@@ -45,9 +45,11 @@ class Layout:
             for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
         }
 
-    def scaled(self, flat: Floats, factors: Mapping[str, float]) -> Floats:
-        """A new vector in which each tensor is multiplied by its own factor."""
-        out = np.empty(self.size, dtype=np.float32)
+    def scaled(
+        self, flat: Floats, factors: Mapping[str, float], out: Floats | None = None
+    ) -> Floats:
+        """Each tensor multiplied by its own factor, in a new vector or in `out`."""
+        out = np.empty(self.size, dtype=np.float32) if out is None else out
         for (name, part), (_, into) in zip(self.parts(flat), self.parts(out), strict=True):
             np.multiply(part, np.float32(factors[name]), out=into)
         return out

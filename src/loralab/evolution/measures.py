@@ -12,10 +12,13 @@ import numpy as np
 from loralab.evolution.arena import Answers
 from loralab.evolution.events import GenerationDone
 from loralab.evolution.journal import HeldOut
+from loralab.evolution.layout import Floats
 from loralab.evolution.opening import Best
 from loralab.evolution.rollouts import Rollout, plain, share_correct
 from loralab.evolution.shaping import tied_share
 from loralab.evolution.strategy import Population, SearchState
+
+_PIECE = 2**20
 
 
 def generation_row(
@@ -40,7 +43,7 @@ def generation_row(
         "tokens_per_second": answers.tokens_per_second,
         "sigma_scale": before.sigma_scale,
         "lr": before.lr,
-        "update_rms": _rms(after.master - before.master),
+        "update_rms": _rms_of_change(before.master, after.master),
         "unchanged_share": population.perturbed.unchanged_share,
         "tied_share": tied_share(means),
         "failed": sum(rollout.failed is not None for rollout in rollouts),
@@ -91,5 +94,10 @@ def generation_done(
     )
 
 
-def _rms(change: np.ndarray[Any, np.dtype[np.float32]]) -> float:
-    return sqrt(float(np.dot(change, change)) / change.size)
+def _rms_of_change(before: Floats, after: Floats) -> float:
+    """In pieces: the difference of all weights at once would need as much memory again."""
+    total = 0.0
+    for at in range(0, before.size, _PIECE):
+        change = after[at : at + _PIECE] - before[at : at + _PIECE]
+        total += float(np.dot(change, change))
+    return sqrt(total / before.size)

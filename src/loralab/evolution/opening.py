@@ -18,12 +18,12 @@ from loralab.evolution.replay import first_state, states
 from loralab.evolution.rollouts import Rollout
 from loralab.evolution.start import start_adapter
 from loralab.evolution.strategy import SearchState
+from loralab.evolution.weight_space import ROWS_COMPARED
 from loralab.evolution.workbench import Workbench, fingerprint, sample_rows
 from loralab.run import Run
 from loralab.tasks.base import Task
 from loralab.timings import Timings
 
-_ROWS_SAMPLED = 4
 _VERSIONS = ("loralab", "torch", "numpy", "python")
 
 
@@ -64,7 +64,7 @@ def open_search(
             rebuilt to the bit.
     """
     model = fingerprint(bench.weights)
-    rows = {name: sample_rows(weight, _ROWS_SAMPLED) for name, weight in bench.weights.items()}
+    rows = {name: sample_rows(weight, ROWS_COMPARED) for name, weight in bench.weights.items()}
     if run.journal_path.exists():
         with timings.phase("init_population"):
             return _resume(config, run, bench, model, rows, on_event)

@@ -117,14 +117,16 @@ def tell(state: SearchState, population: Population | None, fitness: Fitness) ->
     noise = None if population is None else population.perturbed.noise
     direction = state.space.ascent(state.seed, state.generation, weights, noise)
     movement, moments = step(options.optimizer, state.moments, direction)
-    return onward(master=_moved(state, movement), moments=moments)
+    # What no moment holds on to is ours to overwrite: a dense change of all weights is large.
+    spare = None if movement is moments.first else movement
+    return onward(master=_moved(state, movement, spare), moments=moments)
 
 
-def _moved(state: SearchState, movement: Floats) -> Floats:
+def _moved(state: SearchState, movement: Floats, out: Floats | None) -> Floats:
     """The master after a step (n,) in units of sigma, and decay toward the start."""
     space, decay = state.space, state.options.weight_decay * state.lr
     factors = {name: state.lr * state.sigma_scale * s for name, s in space.sigmas.items()}
-    master = space.layout.scaled(movement, factors)
+    master = space.layout.scaled(movement, factors, out)
     master += state.master
     if decay:
         pull = state.master - space.start()

@@ -23,7 +23,7 @@ from loralab.evolution.layout import Floats, Layout
 from loralab.evolution.noise import draw, in_threads, pair_and_sign, pairs
 from loralab.evolution.space import NOISE_KEPT, Centre, Perturbed
 
-_ROWS_COMPARED = 4
+ROWS_COMPARED = 4
 """Rows of each W on which `unchanged_share` is measured; all of them would cost a pass over W."""
 
 
@@ -105,15 +105,15 @@ class WeightSpace:
     ) -> Floats:
         if noise is None:
             noise = tuple(draw(self.factors, seed, generation, p) for p in range(len(weights)))
+        shares = [weight / sqrt(self.noise_rank) for weight in weights]
         drawn = [self.factors.tensors(torch.from_numpy(eps)) for eps in noise]
         total = np.empty(self.layout.size, dtype=np.float32)
         for name, into in self.layout.tensors(torch.from_numpy(total)).items():
             e = torch.cat(
-                [eps[f"{name}.E"] * weight for eps, weight in zip(drawn, weights, strict=True)], 1
+                [eps[f"{name}.E"] * weight for eps, weight in zip(drawn, shares, strict=True)], 1
             )
             f = torch.cat([eps[f"{name}.F"] for eps in drawn], 0)
             torch.mm(e, f, out=into)
-        total /= np.float32(sqrt(self.noise_rank))
         return total
 
     def centre(self, master: Floats) -> Centre:
@@ -135,9 +135,9 @@ class WeightSpace:
         same = total = 0
         change = self.change(master)
         for name, weight in self.weights.items():
-            rows = weight[:_ROWS_COMPARED].float().cpu() + change[name][:_ROWS_COMPARED]
+            rows = weight[:ROWS_COMPARED].float().cpu() + change[name][:ROWS_COMPARED]
             a, b = member.factors[name]
-            moved = rows + b[:_ROWS_COMPARED].float() @ a.float()
+            moved = rows + b[:ROWS_COMPARED].float() @ a.float()
             same += int(torch.count_nonzero(moved.to(self.dtype) == rows.to(self.dtype)))
             total += rows.numel()
         return same / total if total else None

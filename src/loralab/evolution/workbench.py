@@ -47,6 +47,8 @@ Open = Callable[[EvolveConfig], Workbench]
 
 def open_batched(config: EvolveConfig) -> Workbench:
     """Load the config's model and put the in-process population engine over it."""
+    from transformers.utils import logging
+
     from loralab.engines.batched import BatchedEngine
     from loralab.models.load import load
 
@@ -63,8 +65,14 @@ def open_batched(config: EvolveConfig) -> Workbench:
     )
 
     def save_model(directory: Path) -> None:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # it would write over a live display
+        try:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
 
     return Workbench(engine, weights, save_model)
 
