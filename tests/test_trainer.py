@@ -22,7 +22,7 @@ from loralab.errors import UserError
 from loralab.evolution.events import Event, Finished, GenerationDone, Notice, Started
 from loralab.evolution.journal import read
 from loralab.evolution.replay import as_adapter, replay, save_generation
-from loralab.evolution.rollouts import fixed_subset, window
+from loralab.evolution.subsets import fixed_subset, window
 from loralab.evolution.trainer import Result, evolve
 from loralab.run import Run
 from loralab.timings import Timings

@@ -15,7 +15,7 @@ from loralab.adapters.targets import linear_weights
 from loralab.config import GenerationConfig
 from loralab.engines.base import Engine, Progress
 from loralab.errors import UserError
-from loralab.evolution.rollouts import Batch, Rollout, share_correct
+from loralab.rollouts import Batch, Rollout, share_correct
 from loralab.tasks.base import Split, Task
 
 

@@ -10,9 +10,10 @@ from loralab.config import EvolveConfig
 from loralab.engines.base import Completion, Request
 from loralab.errors import UserError
 from loralab.evolution.events import Generating, OnEvent
-from loralab.evolution.rollouts import Batch, Rollout, fixed_subset, window
 from loralab.evolution.space import Centre, Perturbed
+from loralab.evolution.subsets import fixed_subset, window
 from loralab.evolution.workbench import PopulationEngine
+from loralab.rollouts import Batch, Rollout
 from loralab.tasks.base import Example, Split, Task
 from loralab.timings import Timings
 

@@ -14,9 +14,9 @@ from loralab.evolution.events import GenerationDone
 from loralab.evolution.journal import HeldOut
 from loralab.evolution.layout import Floats
 from loralab.evolution.opening import Best
-from loralab.evolution.rollouts import Rollout, plain, share_correct
 from loralab.evolution.shaping import tied_share
 from loralab.evolution.strategy import Population, SearchState
+from loralab.rollouts import Rollout, plain, share_correct
 
 _PIECE = 2**20
 
@@ -101,3 +101,8 @@ def _rms_of_change(before: Floats, after: Floats) -> float:
         change = after[at : at + _PIECE] - before[at : at + _PIECE]
         total += float(np.dot(change, change))
     return sqrt(total / before.size)
+
+
+def reward_table(members: Sequence[Sequence[Rollout]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Rewards (P, prompts)."""
+    return np.array([[r.score.reward for r in row] for row in members], dtype=np.float64)

@@ -15,11 +15,11 @@ from loralab.evolution.adapter_space import adapter_sigmas
 from loralab.evolution.events import Notice, OnEvent
 from loralab.evolution.journal import Header, HeldOut, Journal, differences, read
 from loralab.evolution.replay import first_state, states
-from loralab.evolution.rollouts import Rollout
 from loralab.evolution.start import start_adapter
 from loralab.evolution.strategy import SearchState
 from loralab.evolution.weight_space import ROWS_COMPARED
 from loralab.evolution.workbench import Workbench, fingerprint, sample_rows
+from loralab.rollouts import Rollout
 from loralab.run import Run
 from loralab.tasks.base import Task
 from loralab.timings import Timings

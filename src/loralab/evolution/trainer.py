@@ -19,14 +19,20 @@ from loralab.evolution.arena import Arena
 from loralab.evolution.events import Finished, Notice, OnEvent, Started, ignore
 from loralab.evolution.interrupt import Interrupt
 from loralab.evolution.journal import Entry, HeldOut
-from loralab.evolution.measures import generation_done, generation_row, held_out_row, score_of
+from loralab.evolution.measures import (
+    generation_done,
+    generation_row,
+    held_out_row,
+    reward_table,
+    score_of,
+)
 from loralab.evolution.opening import Best, better, open_search
 from loralab.evolution.outputs import cast_adapter, log_truncation, save_merged, save_point
-from loralab.evolution.rollouts import completion_rows, reward_table
 from loralab.evolution.shaping import mean_over_prompts
 from loralab.evolution.space import Centre
 from loralab.evolution.strategy import SearchState, ask, tell
 from loralab.evolution.workbench import Open, Workbench, open_batched
+from loralab.rollouts import completion_rows
 from loralab.run import Run
 from loralab.timings import Timings
 

@@ -1,4 +1,4 @@
-"""Which prompts a generation sees, what the members answer, and what the task makes of it."""
+"""Prompts of a task, what a model answers, and what the task makes of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from math import isfinite
 from typing import Any
-
-import numpy as np
 
 from loralab.config import GenerationConfig
 from loralab.engines.base import Completion, Request, Sampling
@@ -56,7 +54,7 @@ class Batch:
                     temperature=settings.temperature,
                     top_k=settings.top_k,
                     top_p=settings.top_p,
-                    seed=_hash(self.key, self.split, example.id) >> 1,
+                    seed=stable_hash(self.key, self.split, example.id) >> 1,
                     stop=tuple(settings.stop),
                 ),
             )
@@ -88,29 +86,10 @@ def judge(task: Task, example: Example, completion: Completion) -> Rollout:
     return Rollout(example, prompt, completion.text, len(completion.tokens), score, failed)
 
 
-def window(generation: int, samples: int | None, total: int) -> tuple[int, ...]:
-    """Training examples of a generation: 0-127, 128-255, ... and around. None takes them all."""
-    count = total if samples is None else min(samples, total)
-    first = generation * count % total
-    return tuple((first + offset) % total for offset in range(count))
-
-
-def fixed_subset(total: int, samples: int | None, seed: int) -> tuple[int, ...]:
-    """A seeded choice of examples, in their order, the same for as long as the run lives."""
-    if samples is None or samples >= total:
-        return tuple(range(total))
-    return tuple(sorted(sorted(range(total), key=lambda i: _hash(seed, "subset", i))[:samples]))
-
-
 def share_correct(rollouts: Sequence[Rollout]) -> float | None:
     """Share of correct answers among those that the task judges, None if it judges none."""
     judged = [r.score.correct for r in rollouts if r.score.correct is not None]
     return sum(judged) / len(judged) if judged else None
-
-
-def reward_table(members: Sequence[Sequence[Rollout]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Rewards (P, prompts)."""
-    return np.array([[r.score.reward for r in row] for row in members], dtype=np.float64)
 
 
 def completion_rows(
@@ -141,6 +120,7 @@ def plain(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _hash(*parts: object) -> int:
+def stable_hash(*parts: object) -> int:
+    """64 bits that depend on the parts alone: the same in every process and on every machine."""
     text = "|".join(map(str, parts))
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
