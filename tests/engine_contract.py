@@ -14,6 +14,7 @@ token. In bf16 no two kernels agree token for token: there every chosen token mu
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -201,7 +202,10 @@ class EngineContract:
             assert waves == plain
         case.check(requests, waves)
         assert calls[-1] == (len(requests), len(requests))
-        assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+        finished = [0] + [done for done, _ in calls]
+        steps = [after - before for before, after in pairwise(finished)]
+        # At most 3 rows of the longest kind fit, and 6 of the shortest.
+        assert all(0 < step <= 6 for step in steps)
 
     def test_no_memory_for_a_row_is_its_own_error(self, case: Case) -> None:
         engine = case.engine(memory_gb=1e-9)
