@@ -251,3 +251,20 @@ def test_an_absent_vllm_is_a_reason_not_a_failure(tokenizer: Any) -> None:
     garage = Garage(options(), model, tokenizer, [work], copies=False)
     with pytest.raises(UserError, match="no environment"):
         ROWS["vllm"].make(garage)
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_leaves_no_files_in_memory(tokenizer: Any) -> None:
+    python = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no .venv-vllm beside the tests: make test-vllm makes it")
+    model = tiny_llama(tokenizer, torch.float32)
+    work = build("short", tokenizer, prompts=1, tokens=2)
+    chosen = replace(options(dtype="float32"), vllm_python=python)
+    peer = Garage(chosen, model, tokenizer, [work], copies=False).vllm()
+    assert (peer.folder / "model" / "config.json").exists()
+    # What the worker sees of a parent that is killed: its pipe closes, nobody cleans up.
+    assert peer.process.stdin is not None
+    peer.process.stdin.close()
+    peer.process.wait(timeout=60)
+    assert not peer.folder.exists()

@@ -78,7 +78,7 @@ class Vllm:
             # The benchmark has bound itself to one core; vLLM would pick its own.
             settings["VLLM_CPU_OMP_THREADS_BIND"] = str(max(os.sched_getaffinity(0)))
         command = [str(python), str(Path(__file__).with_name("vllm_worker.py"))]
-        command += [str(self.folder / "model"), "--dtype", dtype, "--members", str(members)]
+        command += [str(self.folder), "--dtype", dtype, "--members", str(members)]
         command += ["--rank", str(rank), "--context", str(longest), "--sequences", str(sequences)]
         # A step must hold a token of every sequence.
         command += ["--batched-tokens", str(max(BATCHED_TOKENS, sequences))]

@@ -7,7 +7,8 @@ It reads one JSON object a line on stdin and answers with one a line on stdout:
                                                                 -> {"generated": [[id, ...], ...]}
     {"op": "usage"}                                 -> {"peak_kilobytes": k, "cpu_seconds": s}
 
-An operation that fails answers {"error": text}. Closing stdin ends it.
+An operation that fails answers {"error": text}. Closing stdin ends it, and it then removes its
+folder: a benchmark that was killed leaves nothing in memory-backed files.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def main() -> None:
     """Start the engine, say so, answer until stdin closes."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("model")
+    parser.add_argument("folder", type=Path, help="holds model/; removed at the end")
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--members", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)
@@ -32,14 +34,20 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, required=True)
     parser.add_argument("--batched-tokens", type=int, required=True)
     options = parser.parse_args()
+
     # vLLM logs to stdout: keep the real one for answers and point its log at stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    serve(options, answers)
+    shutil.rmtree(options.folder, ignore_errors=True)
 
+
+def serve(options: argparse.Namespace, answers: TextIO) -> None:
+    """Start the engine, then answer line by line."""
     import vllm  # type: ignore[import-not-found,unused-ignore]
 
     engine = vllm.LLM(
-        options.model,
+        str(options.folder / "model"),
         dtype=options.dtype,
         enable_lora=True,
         max_loras=options.members,
