@@ -3,6 +3,8 @@
 // A page holds 16 positions of one key-value head in one layer: keys as [hd/2][16][2], so that one
 // load meets 16 keys, then values as [16/2][hd][2], so that one load meets a pair of positions.
 #pragma once
+#include <type_traits>
+
 #include "vectors.h"
 
 namespace ll {
@@ -26,15 +28,12 @@ static inline void write_value(bf16* page, int slot, const float* value, int hd)
   }
 }
 
-static inline void fetch_page(const bf16* half, int hd) {
-  for (int i = 0; i < PAGE * hd; i += 32) __builtin_prefetch(half + i, 0, 2);
-}
-
 // q: (G, hd) bf16, already times the softmax scale. scores: scratch, G * stride floats.
-// `page_of(i)` gives the i-th page of the sequence. Attends to positions [from, to].
-template <int G, class PageOf>
+// `page_of(i)` gives the i-th page of the sequence, `next_page(i)` a page to fetch meanwhile, or
+// null. Attends to positions [from, to].
+template <int G, class PageOf, class NextPage>
 static void attend(const bf16* q, int64_t ldq, int hd, int from, int to, PageOf page_of,
-                   float* scores, int64_t stride, bf16* out, int64_t ldo) {
+                   NextPage next_page, float* scores, int64_t stride, bf16* out, int64_t ldo) {
   const int first = from / PAGE, last = to / PAGE;
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const vf minus_inf = splat(-__builtin_inff());
@@ -42,12 +41,15 @@ static void attend(const bf16* q, int64_t ldq, int hd, int from, int to, PageOf 
   for (int g = 0; g < G; g++) top[g] = minus_inf;
   for (int p = first; p <= last; p++) {
     const bf16* k = page_of(p);
-    fetch_page(k + PAGE * hd, hd);
-    if (p < last) fetch_page(page_of(p + 1), hd);
+    const bf16* soon = next_page(p);
     // Two chains for each head: one alone would wait for its own sum at every step.
     vf even[G], odd[G];
     for (int g = 0; g < G; g++) even[g] = odd[g] = vf{};
     for (int d = 0; d < hd; d += 4, k += 4 * PAGE) {
+      if (soon) {
+        __builtin_prefetch(soon + d * PAGE, 0, 2);
+        __builtin_prefetch(soon + d * PAGE + 2 * PAGE, 0, 2);
+      }
       vi k0 = load_i(k), k1 = load_i(k + 2 * PAGE);
       for (int g = 0; g < G; g++) {
         even[g] = dot(even[g], k0, splat_pair(q + g * ldq + d));
@@ -86,9 +88,12 @@ static void attend(const bf16* q, int64_t ldq, int hd, int from, int to, PageOf 
     for (int g = 0; g < G; g++)
       for (int j = 0; j < 4; j++) acc[g][j] = vf{};
     for (int p = first; p <= last; p++) {
-      const bf16* v = page_of(p) + PAGE * hd + d0 * 2;
+      const bf16 *v = page_of(p) + PAGE * hd + d0 * 2, *soon = next_page(p);
       const int pairs = p == last ? (to % PAGE) / 2 + 1 : PAGE / 2;
       for (int i = 0; i < pairs; i++, v += 2 * hd) {
+        if (soon)
+          for (int j = 0; j < nv; j++)
+            __builtin_prefetch(soon + (PAGE + 2 * i) * hd + d0 * 2 + 32 * j, 0, 2);
         // The partner of the newest even position is unwritten memory: 0 x NaN would be NaN.
         const bool alone = p == last && i == pairs - 1 && to % 2 == 0;
         vi value[4];
@@ -108,16 +113,21 @@ static void attend(const bf16* q, int64_t ldq, int hd, int from, int to, PageOf 
   }
 }
 
-template <class PageOf>
+template <class PageOf, class NextPage>
 static void attend_heads(int heads, const bf16* q, int64_t ldq, int hd, int from, int to,
-                         PageOf page_of, float* scores, int64_t stride, bf16* out, int64_t ldo) {
+                         PageOf page_of, NextPage next_page, float* scores, int64_t stride,
+                         bf16* out, int64_t ldo) {
+  auto run = [&](auto size) {
+    attend<decltype(size)::value>(q, ldq, hd, from, to, page_of, next_page, scores, stride, out,
+                                  ldo);
+  };
   while (heads > 0) {
     int g = heads >= 4 ? 4 : heads;
     switch (g) {
-      case 4: attend<4>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
-      case 3: attend<3>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
-      case 2: attend<2>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
-      case 1: attend<1>(q, ldq, hd, from, to, page_of, scores, stride, out, ldo); break;
+      case 4: run(std::integral_constant<int, 4>{}); break;
+      case 3: run(std::integral_constant<int, 3>{}); break;
+      case 2: run(std::integral_constant<int, 2>{}); break;
+      case 1: run(std::integral_constant<int, 1>{}); break;
     }
     heads -= g;
     q += g * ldq;

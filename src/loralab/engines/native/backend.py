@@ -102,6 +102,7 @@ class NativeBackend:
             attention.scaling,
         )
         self.page_bytes = int(self._lib.ll_page_bytes(self._handle))
+        self.pool = PagePool(self.page_bytes)
         for index in range(len(self._layers)):
             self._set_layer(index)
         self._set_norm(0, 4, model.get_submodule("model.norm"))
@@ -266,7 +267,8 @@ class NativeBackend:
             )
 
     def start(self) -> NativeSession:
-        """A new, empty session with a cache of its own."""
+        """A new, empty session. It takes over the cache: rows of an earlier one are lost."""
+        self.pool.clear()
         return NativeSession(self)
 
     def row_bytes(self, tokens: int) -> int:
@@ -280,7 +282,6 @@ class NativeBackend:
         sequence: np.ndarray[Any, Any],
         member: np.ndarray[Any, Any],
         pages: np.ndarray[Any, Any],
-        pool: PagePool,
         out_rows: np.ndarray[Any, Any],
         want_logits: bool,
     ) -> StepOutput:
@@ -300,8 +301,8 @@ class NativeBackend:
             _address(member),
             _address(pages),
             pages.shape[1],
-            pool.address,
-            pool.capacity,
+            self.pool.address,
+            self.pool.capacity,
             count,
             _address(out_rows),
             None if logits is None else _pointer(logits),
@@ -316,7 +317,7 @@ class NativeSession:
 
     def __init__(self, backend: NativeBackend) -> None:
         self._backend = backend
-        self._pool = PagePool(backend.page_bytes)
+        self._pool = backend.pool
         self._rows: list[_Row] = []
 
     def add(
@@ -354,7 +355,6 @@ class NativeSession:
                     sequence,
                     member_of[sequence],
                     table,
-                    self._pool,
                     ends,
                     want_logits,
                 )
@@ -378,7 +378,6 @@ class NativeSession:
             sequence,
             np.array([r.member for r in rows], dtype=np.int32),
             self._table(rows),
-            self._pool,
             sequence,
             want_logits,
         )

@@ -63,6 +63,9 @@ struct Packed {
   Buffer<bf16> w;        // [tile][in/2][64][2]
   Buffer<float> bias;    // [tile][64]
   bool has_bias = false;
+
+  const bf16* tile(int i) const { return &w[(int64_t)i * in * TILE]; }
+  int64_t tile_bytes() const { return (int64_t)in * TILE * sizeof(bf16); }
 };
 
 struct SiteLora {
@@ -288,14 +291,19 @@ class Forward {
     return t;
   }
 
+  // `then` is the product after this one: the last tiles fetch its first.
   template <class Emit>
-  void product(int counter, const Packed& p, const SiteLora* lora, int site, const Rows& rows,
-               Emit emit) {
-    const int64_t tile_values = (int64_t)p.in * TILE;
+  void product(int counter, const Packed& p, const Packed* then, const SiteLora* lora, int site,
+               const Rows& rows, Emit emit) {
     share(counter, p.tiles, [&](int tile) {
       const int ahead = tile + s_.threads;
-      const bf16* w = &p.w[tile * tile_values];
-      const bf16* next = ahead < p.tiles ? &p.w[ahead * tile_values] : nullptr;
+      const bf16* w = p.tile(tile);
+      NextTile next;
+      if (ahead < p.tiles) {
+        next = {p.tile(ahead), p.tile_bytes()};
+      } else if (then && ahead - p.tiles < then->tiles) {
+        next = {then->tile(ahead - p.tiles), then->tile_bytes()};
+      }
       TileLora l;
       if (lora) l = tile_lora(*lora, site, tile);
       const float* bias = p.has_bias ? &p.bias[(int64_t)tile * TILE] : nullptr;
@@ -303,8 +311,9 @@ class Forward {
     });
   }
 
-  void add_to_residual(int counter, const Layer& layer, int site, const Rows& rows) {
-    product(counter, layer.site[site], &layer.lora[site], site, rows,
+  void add_to_residual(int counter, const Layer& layer, int site, const Packed* then,
+                       const Rows& rows) {
+    product(counter, layer.site[site], then, &layer.lora[site], site, rows,
             [&](int tile, const float* bias, int t, int n, auto& acc) {
               const int from = tile * TILE, width = std::min(TILE, m_.hidden - from);
               for (int i = 0; i < n; i++) {
@@ -354,6 +363,17 @@ class Forward {
     }
   }
 
+  // A key goes into every line of its half page: they are asked for one row ahead.
+  void fetch_slot(int layer, int t) const {
+    const int position = s_.positions[t];
+    for (int h = 0; h < m_.kv_heads; h++) {
+      const bf16* p = page(layer, s_.sequence[t], position / PAGE, h);
+      for (int i = 0; i < PAGE * m_.hd; i += 32) __builtin_prefetch(p + i, 1, 2);
+      const bf16* v = p + PAGE * m_.hd + position % PAGE / 2 * m_.hd * 2;
+      for (int i = 0; i < 2 * m_.hd; i += 32) __builtin_prefetch(v + i, 1, 2);
+    }
+  }
+
   // Positions the queries and keys, and puts keys and values into the cache.
   void place_rows(int counter, const Layer& layer, int index) {
     const int64_t k0 = (int64_t)Model::tiles_for(m_.heads * m_.hd) * TILE;
@@ -368,6 +388,7 @@ class Forward {
         bf16* out = &q_[((int64_t)t * m_.heads + h) * m_.hd];
         for (int i = 0; i < m_.hd; i += LANES) store_bf16(out + i, load_f(q + i) * m_.softmax_scale);
       }
+      if (t + 1 < s_.T) fetch_slot(index, t + 1);
       for (int h = 0; h < m_.kv_heads; h++) {
         float* k = row + k0 + h * m_.hd;
         if (!layer.norm_k.empty()) head_norm(k, layer.norm_k);
@@ -385,11 +406,23 @@ class Forward {
     share(counter, s_.T, [&](int t) {
       const int to = s_.positions[t];
       const int from = layer.window ? std::max(0, to - layer.window + 1) : 0;
-      for (int h = 0; h < m_.kv_heads; h++)
-        attend_heads(
-            group, &q_[((int64_t)t * m_.heads + h * group) * m_.hd], m_.hd, m_.hd, from, to,
-            [&](int i) { return page(index, s_.sequence[t], i, h); }, scores, scores_ld_,
-            &mixed_[t * wide_ + h * group * m_.hd], m_.hd);
+      // Rows of a decode step each have pages of their own, which are in memory and not in the
+      // cache: while one head is attended to, the pages of the next are on their way.
+      const bool alone = (t == 0 || s_.sequence[t - 1] != s_.sequence[t]) &&
+                         (t + 1 == s_.T || s_.sequence[t + 1] != s_.sequence[t]);
+      for (int h = 0; h < m_.kv_heads; h++) {
+        auto current = [&](int i) { return page(index, s_.sequence[t], i, h); };
+        auto next = [&](int i) -> const bf16* {
+          if (!alone) return nullptr;
+          if (h + 1 < m_.kv_heads) return page(index, s_.sequence[t], i, h + 1);
+          if (t + 1 < s_.T && i <= s_.positions[t + 1] / PAGE)
+            return page(index, s_.sequence[t + 1], i, 0);
+          return nullptr;
+        };
+        attend_heads(group, &q_[((int64_t)t * m_.heads + h * group) * m_.hd], m_.hd, m_.hd, from,
+                     to, current, next, scores, scores_ld_, &mixed_[t * wide_ + h * group * m_.hd],
+                     m_.hd);
+      }
     });
   }
 
@@ -403,7 +436,7 @@ class Forward {
       const Layer& layer = m_.layers[l];
       norm_rows(counter++, layer.norm_attention);
       project_rows(counter++, layer.lora[QKV], x_.get(), m_.hidden);
-      product(counter++, layer.site[QKV], &layer.lora[QKV], QKV, rows_of(x_.get()),
+      product(counter++, layer.site[QKV], &layer.site[O], &layer.lora[QKV], QKV, rows_of(x_.get()),
               [&](int tile, const float* bias, int t, int n, auto& acc) {
                 for (int i = 0; i < n; i++)
                   for (int j = 0; j < VECTORS; j++) {
@@ -415,11 +448,11 @@ class Forward {
       place_rows(counter++, layer, l);
       attention(counter++, layer, l, thread);
       project_rows(counter++, layer.lora[O], mixed_.get(), m_.heads * m_.hd);
-      add_to_residual(counter++, layer, O, rows_of(mixed_.get()));
+      add_to_residual(counter++, layer, O, &layer.site[GATE_UP], rows_of(mixed_.get()));
       norm_rows(counter++, layer.norm_mlp);
       project_rows(counter++, layer.lora[GATE_UP], x_.get(), m_.hidden);
-      product(counter++, layer.site[GATE_UP], &layer.lora[GATE_UP], GATE_UP, rows_of(x_.get()),
-              [&](int tile, const float* bias, int t, int n, auto& acc) {
+      product(counter++, layer.site[GATE_UP], &layer.site[DOWN], &layer.lora[GATE_UP], GATE_UP,
+              rows_of(x_.get()), [&](int tile, const float* bias, int t, int n, auto& acc) {
                 const int from = tile * (TILE / 2);
                 for (int i = 0; i < n; i++)
                   for (int j = 0; j < 2; j++) {
@@ -439,7 +472,9 @@ class Forward {
                   }
               });
       project_rows(counter++, layer.lora[DOWN], mixed_.get(), m_.inner);
-      add_to_residual(counter++, layer, DOWN, rows_of(mixed_.get()));
+      const bool last = l + 1 == m_.layers.size();
+      const Packed* then = last ? &m_.head : &m_.layers[l + 1].site[QKV];
+      add_to_residual(counter++, layer, DOWN, then, rows_of(mixed_.get()));
     }
     share(counter++, s_.R, [&](int r) {
       norm(&residual_[(int64_t)s_.out_rows[r] * m_.hidden], m_.norm_final.data(), m_.hidden,
@@ -456,7 +491,7 @@ class Forward {
       best[3 * r + 2] = 0;  // NaN seen
     }
     Rows rows{x_.get(), wide_, nullptr, 0, s_.member, s_.R, 0};
-    product(counter, m_.head, nullptr, 0, rows,
+    product(counter, m_.head, nullptr, nullptr, 0, rows,
             [&](int tile, const float*, int t, int n, auto& acc) {
               const int from = tile * TILE, width = std::min(TILE, m_.vocab - from);
               for (int i = 0; i < n; i++) {

@@ -35,36 +35,29 @@ static inline void multiply(const bf16* x, int64_t ldx, int K, const bf16* w, Ah
                             vf (&acc)[R][VECTORS]) {
   for (int i = 0; i < R; i++)
     for (int j = 0; j < VECTORS; j++) acc[i][j] = vf{};
-  auto steps = [&](int k, int end) {
-    for (; k < end; k += 2) {
-      vi wv[VECTORS];
-      for (int j = 0; j < VECTORS; j++) wv[j] = load_i(w + k * TILE + 32 * j);
-      for (int i = 0; i < R; i++) {
-        vi xv = splat_pair(x + i * ldx + k);
-        for (int j = 0; j < VECTORS; j++) acc[i][j] = dot(acc[i][j], wv[j], xv);
-      }
+  // Always inlined: called, the accumulators would live in memory (measured: half the speed).
+  auto step = [&](int k) __attribute__((always_inline)) {
+    vi wv[VECTORS];
+    for (int j = 0; j < VECTORS; j++) wv[j] = load_i(w + k * TILE + 32 * j);
+    for (int i = 0; i < R; i++) {
+      vi xv = splat_pair(x + i * ldx + k);
+      for (int j = 0; j < VECTORS; j++) acc[i][j] = dot(acc[i][j], wv[j], xv);
     }
   };
-  const int64_t slots = K / 2;
+  // Fetches `lines` over the steps up to `limit`, several a step where they are too few.
   int k = 0;
-  auto fetch = [&](const char* p, int64_t lines, int64_t slots_left) {
-    if (lines <= 0 || slots_left <= 0) return;
-    const int64_t each = (lines + slots_left - 1) / slots_left;
-    if (each == 1) {
-      for (; lines; lines--, p += 64, k += 2) {
-        __builtin_prefetch(p, 0, 2);
-        steps(k, k + 2);
-      }
-      return;
-    }
+  auto fetch = [&](const char* p, int64_t lines, int limit) __attribute__((always_inline)) {
+    const int64_t room = (limit - k) / 2;
+    if (lines <= 0 || room <= 0) return;
+    const int64_t each = (lines + room - 1) / room;
     for (; lines > 0; lines -= each, k += 2) {
       for (int64_t i = 0; i < each; i++, p += 64) __builtin_prefetch(p, 0, 2);
-      steps(k, k + 2);
+      step(k);
     }
   };
-  fetch(ahead.soon, ahead.soon_lines, slots / 2);
-  fetch(ahead.later, ahead.later_lines, slots - k / 2);
-  steps(k, K);
+  fetch(ahead.soon, ahead.soon_lines, K / 2);
+  fetch(ahead.later, ahead.later_lines, K);
+  for (; k < K; k += 2) step(k);
 }
 
 // acc += h B^T of each row's own member: the adapter joins the sum before it is rounded.
@@ -96,12 +89,17 @@ struct Rows {
   int rank;
 };
 
+// A tile of weights that is wanted after this one; null when there is none.
+struct NextTile {
+  const bf16* w = nullptr;
+  int64_t bytes = 0;
+};
+
 // Runs one tile of 64 outputs over all rows; `emit(first_row, R, acc)` takes each block.
 // While it works it fetches the next tile, so that the stream of weights hides behind arithmetic.
 template <class Emit>
-static inline void run_tile(const Rows& rows, int K, const bf16* w, const bf16* next,
+static inline void run_tile(const Rows& rows, int K, const bf16* w, NextTile next,
                             const TileLora* lora, Emit emit) {
-  const int64_t tile_bytes = (int64_t)K * TILE * 2;
   const bool adapted = lora && lora->b && rows.h;
   int t = 0;
   auto block = [&](auto size) {
@@ -116,9 +114,9 @@ static inline void run_tile(const Rows& rows, int K, const bf16* w, const bf16* 
         ahead.soon_lines = (to - from + 1) * bytes / 64;
       }
     }
-    if (next) {
-      const int64_t lines = tile_bytes / 64, from = lines * t / rows.count;
-      ahead.later = (const char*)next + from * 64;
+    if (next.w) {
+      const int64_t lines = next.bytes / 64, from = lines * t / rows.count;
+      ahead.later = (const char*)next.w + from * 64;
       ahead.later_lines = lines * (t + R) / rows.count - from;
     }
     vf acc[R][VECTORS];

@@ -64,19 +64,24 @@ static inline void store_bf16(bf16* p, vf v) {
 #endif
 }
 
+// Halves are added to halves: one order, on every processor.
 static inline float sum(vf v) {
-  float s = 0;
-  for (int i = 0; i < LANES; i++) s += v[i];
-  return s;
+  float a[LANES];
+  std::memcpy(a, &v, sizeof a);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) a[i] += a[i + n];
+  return a[0];
 }
 
 static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 static inline vf larger(vf a, vf b) { return select(a > b, a, b); }
 
 static inline float largest(vf v) {
-  float m = v[0];
-  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  float a[LANES];
+  std::memcpy(a, &v, sizeof a);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
+  return a[0];
 }
 
 // exp(x), relative error under 2e-7 on [-87, 88]; clamped outside. Cephes' split of ln 2 and a
