@@ -139,7 +139,10 @@ def test_few_candidates_and_a_full_sort_agree(
     setting: tuple[float, int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(2)
-    logits = (torch.randn(300, 5000, generator=generator) * 2).bfloat16().float()
+    # From flat to peaked: some rows find their nucleus early, others late.
+    peaked = torch.linspace(0.3, 5, 300)[torch.randperm(300, generator=generator)]
+    logits = torch.randn(300, 5000, generator=generator) * peaked[:, None]
+    logits = logits.bfloat16().float()
     settings = [Sampling(1, *setting, seed) for seed in range(300)]
     steps = list(range(300))
     monkeypatch.setattr(module, "_CANDIDATES", ())
@@ -147,6 +150,29 @@ def test_few_candidates_and_a_full_sort_agree(
     for few in ((1,), (64, 100), (1024, 4000)):
         monkeypatch.setattr(module, "_CANDIDATES", few)
         assert torch.equal(sample(logits, settings, steps), whole)
+
+
+def test_ties_past_the_candidates_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 tokens share the k-th logit: all may be drawn. 200 share the nucleus: the first may."""
+    sweep = torch.linspace(0, 1, 5000, dtype=torch.float64)[:-1]
+    tied = torch.full((500,), -9.0)
+    tied[torch.randperm(500, generator=torch.Generator().manual_seed(0))[:100]] = 1.0
+    drawn = module._draw(tied.expand(len(sweep), -1), sweep, 1.0, 2, 1.0)
+    assert torch.equal(drawn.unique(), (tied == 1).nonzero()[:, 0])
+    level = torch.full((500,), -torch.inf)
+    level[torch.randperm(500, generator=torch.Generator().manual_seed(1))[:200]] = 1.0
+    monkeypatch.setattr(module, "_CANDIDATES", (64,))
+    drawn = module._draw(level.expand(len(sweep), -1), sweep, 1.0, 0, 0.3)
+    assert torch.equal(drawn.unique(), (level == 1).nonzero()[:60, 0])
+
+
+@pytest.mark.parametrize("length", [4, 5000])
+def test_a_draw_on_a_border_takes_a_token_with_weight(length: int) -> None:
+    weights = torch.zeros(5, length)
+    weights[:, 1] = weights[:, 2] = 1.0
+    # 1.0 stands for a draw just under it that rounding has put on the total.
+    draws = torch.tensor([0.0, 0.49, 0.5, 0.99, 1.0], dtype=torch.float64)
+    assert module._invert(weights, draws).tolist() == [1, 1, 2, 2, 2]
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
