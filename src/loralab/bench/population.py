@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -98,8 +99,9 @@ def run(
     model, tokenizer = loaded or _load(options)
     workloads = [build(name, tokenizer, *_size(options, name)) for name in options.workloads]
     garage = Garage(options, model, tokenizer, workloads, copies=True)
-    entrants, skipped = _line_up(garage, rows, workloads[0], say)
+    entrants: dict[str, Entrant] = {}
     try:
+        skipped = _line_up(entrants, garage, rows, workloads[0], say)
         results = [_race(work, entrants, options, say) for work in workloads]
     finally:
         for entrant in entrants.values():
@@ -177,10 +179,13 @@ def _size(options: Options, workload: str) -> tuple[int, int]:
 
 
 def _line_up(
-    garage: Garage, rows: Sequence[str], warm_up: Workload, say: Say
-) -> tuple[dict[str, Entrant], dict[str, str]]:
-    """Set up every row and have it generate a little; those that cannot run, with the reason."""
-    entrants: dict[str, Entrant] = {}
+    entrants: dict[str, Entrant],
+    garage: Garage,
+    rows: Sequence[str],
+    warm_up: Workload,
+    say: Say,
+) -> dict[str, str]:
+    """Add every row to the entrants and have it generate a little; why those left out cannot."""
     skipped: dict[str, str] = {}
     for name in rows:
         row = ROWS[name]
@@ -193,7 +198,7 @@ def _line_up(
         entrants[name] = entrant
         lap = entrant.lap(warm_up.shortened(prompts=1, tokens=2))
         say(f"{name}: ready ({entrant.peer.detail}), warm-up {lap.load + lap.run:.1f} s")
-    return entrants, skipped
+    return skipped
 
 
 def _race(work: Workload, entrants: Mapping[str, Entrant], options: Options, say: Say) -> Result:
@@ -366,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if row is not None:
         print(json.dumps({"peak_gb": peak_of(row, options)}))
         return 0
+    # A plain kill must still end vLLM and remove its memory-backed files.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         table = run(options, say=lambda line: print(line, file=sys.stderr, flush=True))
     except UserError as error:

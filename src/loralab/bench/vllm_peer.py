@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ class Vllm:
         process: subprocess.Popen[str] | None = getattr(self, "process", None)
         if process is not None:
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             try:
                 process.wait(timeout=30)
             except subprocess.TimeoutExpired:
