@@ -18,6 +18,7 @@ from loralab.engines.batched import BatchedEngine
 from loralab.engines.native import build
 from loralab.engines.native.backend import MODULES, NativeBackend
 from loralab.engines.native.pages import PAGE, PagePool
+from loralab.errors import UserError
 
 try:
     build.library()
@@ -249,7 +250,7 @@ def test_what_it_cannot_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gelu" in str(NativeBackend.supports(model))
     backend = NativeBackend(odd_model())
     wrong = tiny.adapter(odd_model(), seed=0, names=["model.embed_tokens"])
-    with pytest.raises(ValueError, match=r"cannot adapt .*embed_tokens"):
+    with pytest.raises(UserError, match=r"cannot adapt .*embed_tokens"):
         backend.load([wrong])
 
 

@@ -27,6 +27,9 @@ from loralab.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+JOIN_SHARE = 1 / 8
+"""Share of the memory that has to be free before waiting rows join the ones being decoded."""
+
 BackendName = Literal["auto", "native", "torch"]
 
 
@@ -207,6 +210,9 @@ class _Run:
         engine, backend, new = self._engine, self._engine._backend, list[Row]()
         if backend.joins:
             used = sum(row.cost for row in self._active)
+            # A step that prefills a few rows streams all the weights for them: let rows gather.
+            if self._active and used > self._budget * (1 - JOIN_SHARE):
+                return new
             while self._waiting:
                 used += self._waiting[0].cost
                 if used > self._budget and (new or self._active):

@@ -19,6 +19,7 @@ from loralab.adapters.state import AdapterState
 from loralab.engines.backend import StepOutput
 from loralab.engines.native.build import NativeUnavailableError, library
 from loralab.engines.native.pages import PAGE, PagePool
+from loralab.errors import UserError
 
 MODULES = (
     "self_attn.q_proj",
@@ -210,10 +211,13 @@ class NativeBackend:
         return [n for n in names if n not in known]
 
     def load(self, adapters: Sequence[AdapterState]) -> None:
-        """Pack the members' factors. Raises ValueError on modules it cannot adapt."""
+        """Pack the members' factors. Raises UserError for modules it cannot adapt."""
         names = sorted({name for a in adapters for name in a.factors})
         if unknown := self.unknown_modules(names):
-            raise ValueError(f"cannot adapt {unknown[0]}: adaptable are {', '.join(MODULES)}")
+            raise UserError(
+                f"the native backend cannot adapt {unknown[0]!r}, only {', '.join(MODULES)} of "
+                "this model's layers; is the adapter for another model? (backend: torch runs any)"
+            )
         if not adapters:
             self._lib.ll_set_members(self._handle, 0, 0, 1.0)
             return
