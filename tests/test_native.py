@@ -144,7 +144,7 @@ def test_prefill_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     backend, prompts = NativeBackend(model, threads=1), random_prompts(model)
     backend.load(random_adapters(model, True))
     whole = trace(backend, prompts, list(MEMBERS))
-    monkeypatch.setattr("loralab.engines.native.backend.PREFILL_ROWS", 7)
+    monkeypatch.setattr("loralab.engines.native.session.PREFILL_ROWS", 7)
     assert torch.equal(trace(backend, prompts, list(MEMBERS)), whole)
 
 

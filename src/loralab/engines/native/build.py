@@ -16,7 +16,7 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
-SOURCES = ("vectors.h", "gemm.h", "attention.h", "decoder.cpp")
+SOURCES = ("vectors.h", "gemm.h", "attention.h", "model.h", "forward.h", "decoder.cpp")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -65,17 +65,30 @@ template <int R>
 static inline void add_lora(const TileLora& lora, const bf16* h, int64_t ldh, const int32_t* member,
                             int rank, vf (&acc)[R][VECTORS]) {
   const int64_t block = (int64_t)rank * TILE;
+  auto add = [&](const bf16* b, int r, int from, int to) __attribute__((always_inline)) {
+    const vi b0 = load_i(b), b1 = load_i(b + 32), b2 = load_i(b + 64), b3 = load_i(b + 96);
+    for (int i = from; i < to; i++) {
+      const vi p0 = splat_pair(h + i * ldh + lora.offset[0] + r);
+      const vi p1 = splat_pair(h + i * ldh + lora.offset[1] + r);
+      acc[i][0] = dot(acc[i][0], b0, p0);
+      acc[i][1] = dot(acc[i][1], b1, p0);
+      acc[i][2] = dot(acc[i][2], b2, p1);
+      acc[i][3] = dot(acc[i][3], b3, p1);
+    }
+  };
+  bool same = true;
+  for (int i = 1; i < R; i++) same &= member[i] == member[0];
+  if (same) {  // as in a prefill, or with many prompts a member: B is loaded once for all rows
+    if (member[0] < 0) return;
+    const bf16* b = lora.b + member[0] * block;
+    for (int r = 0; r < rank; r += 2, b += 2 * TILE) add(b, r, 0, R);
+    return;
+  }
+#pragma GCC unroll 6
   for (int i = 0; i < R; i++) {
     if (member[i] < 0) continue;
     const bf16* b = lora.b + member[i] * block;
-    const bf16 *h0 = h + i * ldh + lora.offset[0], *h1 = h + i * ldh + lora.offset[1];
-    for (int r = 0; r < rank; r += 2, b += 2 * TILE) {
-      vi p0 = splat_pair(h0 + r), p1 = splat_pair(h1 + r);
-      acc[i][0] = dot(acc[i][0], load_i(b), p0);
-      acc[i][1] = dot(acc[i][1], load_i(b + 32), p0);
-      acc[i][2] = dot(acc[i][2], load_i(b + 64), p1);
-      acc[i][3] = dot(acc[i][3], load_i(b + 96), p1);
-    }
+    for (int r = 0; r < rank; r += 2, b += 2 * TILE) add(b, r, i, i + 1);
   }
 }
 
