@@ -188,6 +188,19 @@ def test_rows_may_join_and_leave_while_others_decode() -> None:
     assert torch.equal(out.logits, torch.cat([expected[2, [0, 2, 4]], expected[1, 5:]]))
 
 
+def test_what_lies_in_unused_memory_never_reaches_a_row() -> None:
+    model = odd_model()
+    backend, prompts = NativeBackend(model, threads=1), random_prompts(model)
+    backend.load(random_adapters(model, True))
+    expected = trace(backend, prompts, list(MEMBERS))
+    pool, layers = backend.pool, 2
+    page_of_layer = backend.page_bytes // layers
+    for layer in range(layers):  # every bit set is NaN in bf16
+        start, size = layer * pool.capacity * page_of_layer, 64 * page_of_layer
+        pool._memory[start : start + size] = b"\xff" * size
+    assert torch.equal(trace(backend, prompts, list(MEMBERS)), expected)
+
+
 def test_pages_go_back_when_their_last_row_leaves() -> None:
     pool = PagePool(64)
     a, b = [], []
