@@ -24,7 +24,7 @@ struct TileLora {
 
 // Memory that a block fetches while it multiplies: `soon` is needed right after the block (its
 // members' B), `later` by the next tile. One line at a time between the products: a burst would
-// fill the line buffers and stall (measured: 380 instead of 500 GFLOP/s).
+// fill the line buffers and stall (measured: 380 instead of 430 to 470 GFLOP/s).
 struct Ahead {
   const char *soon, *later;
   int64_t soon_lines, later_lines;
