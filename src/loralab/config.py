@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from loralab.dialects import in_our_words
 from loralab.errors import UserError
 from loralab.yaml import parse_yaml
 
@@ -41,18 +42,49 @@ class TaskConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class AdapterConfig(Section):
-    """A LoRA adapter, dW = alpha / rank * B @ A."""
+class InitConfig(Section):
+    """`name` in `loralab inits`; `options` are that initialisation's keyword arguments."""
 
+    name: str = Field(default="zero_b", min_length=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class AdapterConfig(Section):
+    """An adapter; a LoRA one is dW = alpha / rank * B @ A.
+
+    Also spoken: PEFT's dialect (`r`, `lora_alpha`, `lora_dropout`, `layers_to_transform`) and MLX's
+    (`rank`, `scale` = alpha / rank, `num_layers` = the last n layers, -1 all of them, `keys`).
+    `type_options` are keyword arguments of LSLoraConfig or SineLoraConfig.
+    """
+
+    type: Literal["lora", "lslora", "sinelora"] = "lora"
     rank: Positive = 8
     alpha: float = Field(default=8.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: (
         Literal["all-linear"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     ) = "all-linear"
+    num_layers: Annotated[int, Field(ge=-1)] | None = None
+    layers_to_transform: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] | None = None
+    init: InitConfig = InitConfig()
+    type_options: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_dialect(cls, values: Any) -> Any:
+        return in_our_words(values) if isinstance(values, Mapping) else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdapterConfig:
+        if self.num_layers is not None and self.layers_to_transform is not None:
+            raise ValueError("num_layers or layers_to_transform, not both")
+        if self.type == "lora" and self.type_options:
+            raise ValueError("no type_options with type: lora")
+        return self
 
 
 class OptimizerConfig(Section):

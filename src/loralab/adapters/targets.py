@@ -57,3 +57,8 @@ def _named(found: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
 
 def _matches(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer a module is in, from its path ("model.layers.3.mlp.up_proj": 3)."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

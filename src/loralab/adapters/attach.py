@@ -1,0 +1,78 @@
+"""From a config's `adapter` section to a PEFT model, initialised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from loralab.adapters.targets import layer_of, linear_weights
+from loralab.config import AdapterConfig
+from loralab.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+def attach(model: PreTrainedModel, config: AdapterConfig, seed: int = 0) -> PeftModel:
+    """The model with a new adapter named "default", started with A random and B = 0.
+
+    The base's weights are frozen. Other starts: `loralab.adapters.initialize` on the result.
+
+    Raises:
+        UserError: a module or layer is not in the model.
+    """
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, peft_config(model, config))
+
+
+def peft_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
+    """The PEFT config of an `adapter` section: LoraConfig, LSLoraConfig or SineLoraConfig."""
+    from peft import LoraConfig
+
+    from loralab.adapters import LSLoraConfig, SineLoraConfig
+
+    kinds: dict[str, Any] = {"lora": LoraConfig, "lslora": LSLoraConfig, "sinelora": SineLoraConfig}
+    task_type = "CAUSAL_LM" if hasattr(model, "lm_head") else None
+    try:
+        return kinds[config.type](  # type: ignore[no-any-return]
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=_targets(model, config),
+            task_type=task_type,
+            **config.type_options,
+        )
+    except TypeError as error:
+        raise UserError(f"adapter.type_options: {error}") from error
+    except ValueError as error:
+        raise UserError(f"adapter: {error}") from error
+
+
+def _targets(model: PreTrainedModel, config: AdapterConfig) -> str | list[str]:
+    """Names for PEFT: as they were given, or in full when only some layers are wanted."""
+    named = linear_weights(model, config.target_modules)
+    if config.num_layers in (None, -1) and config.layers_to_transform is None:
+        given = config.target_modules
+        return given if isinstance(given, str) else list(given)
+    present = sorted({layer for name in named if (layer := layer_of(name)) is not None})
+    layers = _layers(present, config)
+    return [name for name in named if layer_of(name) in layers]
+
+
+def _layers(present: Sequence[int], config: AdapterConfig) -> set[int]:
+    if config.num_layers is not None:
+        if not 0 < config.num_layers <= len(present):
+            raise UserError(
+                f"adapter.num_layers is {config.num_layers}; expected 1 to {len(present)}, or -1"
+            )
+        return set(present[-config.num_layers :])
+    wanted = set(config.layers_to_transform or ())
+    if missing := sorted(wanted - set(present)):
+        raise UserError(f"adapter.layers_to_transform: no layer {missing[0]} among {len(present)}")
+    return wanted
