@@ -12,7 +12,7 @@ MLX = {"keys": "target_modules"}
 def in_our_words(values: Mapping[str, Any]) -> dict[str, Any]:
     """Adapter settings with every other dialect's key renamed; unknown keys stay as they are.
 
-    MLX's `scale` is alpha / rank, so it becomes alpha. `init: name` stands for `init: {name: name}`.
+    MLX's `scale` is alpha / rank, so it becomes alpha. `init: x` is short for `init: {name: x}`.
 
     Raises:
         ValueError: one setting is given twice, in two dialects.

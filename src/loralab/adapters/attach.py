@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loralab.adapters.targets import layer_of, linear_weights
+from loralab.adapters.targets import layer_index, linear_weights
 from loralab.config import AdapterConfig
 from loralab.errors import UserError
 
@@ -60,9 +60,9 @@ def _targets(model: PreTrainedModel, config: AdapterConfig) -> str | list[str]:
     if config.num_layers in (None, -1) and config.layers_to_transform is None:
         given = config.target_modules
         return given if isinstance(given, str) else list(given)
-    present = sorted({layer for name in named if (layer := layer_of(name)) is not None})
+    present = sorted({layer for name in named if (layer := layer_index(name)) is not None})
     layers = _layers(present, config)
-    return [name for name in named if layer_of(name) in layers]
+    return [name for name in named if layer_index(name) in layers]
 
 
 def _layers(present: Sequence[int], config: AdapterConfig) -> set[int]:

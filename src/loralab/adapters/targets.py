@@ -59,6 +59,6 @@ def _matches(name: str, wanted: str) -> bool:
     return name == wanted or name.endswith("." + wanted)
 
 
-def layer_of(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
     """The number of the layer a module is in, from its path ("model.layers.3.mlp.up_proj": 3)."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
