@@ -1,0 +1,157 @@
+"""GGUF adapters: what llama.cpp computes with them, and the way back."""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from loralab.adapters.interop import read_gguf, write_gguf
+from loralab.adapters.interop.base import BaseShape, describe_base
+from loralab.adapters.interop.gguf import reorder, restore
+from loralab.adapters.state import AdapterState
+from loralab.errors import UserError
+
+gguf = pytest.importorskip("gguf")
+PROMPT = [0, 5, 17, 33, 9, 60, 21, 8]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.model("llama")
+
+
+@pytest.fixture(scope="module")
+def base(model: Any, tmp_path_factory: pytest.TempPathFactory) -> BaseShape:
+    path = tmp_path_factory.mktemp("base")
+    model.save_pretrained(path)
+    return describe_base(str(path))
+
+
+def same(one: AdapterState, other: AdapterState) -> None:
+    assert one.scaling == other.scaling
+    assert set(one.factors) == set(other.factors)
+    for module, factors in one.factors.items():
+        for given, made in zip(factors, other.factors[module], strict=True):
+            assert torch.equal(given.float(), made.float()), module
+
+
+def base_gguf(model: Any, base: BaseShape, path: Path) -> None:
+    """The tiny model itself as float32 GGUF without a vocabulary."""
+    config, heads = model.config, {"q_proj": 4, "k_proj": 2}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(16)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        kind = name.split(".")[-2]
+        if kind in heads:
+            tensor = reorder(tensor, heads[kind])
+        writer.add_tensor(table.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_logits(
+    path: Path, adapter: Path | None, prompt: list[int], vocabulary: int
+) -> torch.Tensor:
+    """Logits (tokens, vocabulary) that llama.cpp computes, its cache in float32."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    llama_cpp.llama_backend_init()
+    loaded = llama_cpp.llama_model_load_from_file(
+        str(path).encode(), llama_cpp.llama_model_default_params()
+    )
+    assert loaded, path
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 128, 1, 1
+    settings.type_k = settings.type_v = 0  # float32
+    settings.flash_attn_type = 0  # it would round to float16
+    context = llama_cpp.llama_init_from_model(loaded, settings)
+    if adapter is not None:
+        made = llama_cpp.llama_adapter_lora_init(loaded, str(adapter).encode())
+        assert made, adapter
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(made)
+        assert llama_cpp.llama_set_adapters_lora(context, adapters, 1, (c_float * 1)(1.0)) == 0
+    batch = llama_cpp.llama_batch_init(len(prompt), 0, 1)
+    batch.n_tokens = len(prompt)
+    for index, token in enumerate(prompt):
+        batch.token[index], batch.pos[index] = token, index
+        batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+        batch.logits[index] = True
+    assert llama_cpp.llama_decode(context, batch) == 0
+    rows = [
+        np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (vocabulary,)).copy()
+        for i in range(len(prompt))
+    ]
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(loaded)
+    return torch.from_numpy(np.stack(rows))
+
+
+def test_llama_cpp_computes_what_peft_does(model: Any, base: BaseShape, tmp_path: Path) -> None:
+    state = tiny.adapter(model, seed=1)
+    base_gguf(model, base, tmp_path / "base.gguf")
+    write_gguf(state, tmp_path / "adapter.gguf", base)
+    ours = tiny.PeftReference(model, {"one": state})
+    bare = llama_logits(tmp_path / "base.gguf", None, PROMPT, tiny.VOCABULARY)
+    adapted = llama_logits(
+        tmp_path / "base.gguf", tmp_path / "adapter.gguf", PROMPT, tiny.VOCABULARY
+    )
+    expected = ours.logits("one", PROMPT)
+    assert (bare - ours.logits(None, PROMPT)).abs().max() < 1e-3
+    assert (adapted - expected).abs().max() < 1e-3
+    assert (expected - ours.logits(None, PROMPT)).abs().max() > 1  # the adapter does something
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip_is_exact(
+    model: Any, base: BaseShape, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    drawn = tiny.adapter(model, seed=2, rank=3)
+    state = replace(
+        drawn,
+        factors={name: type(f)(f.A.to(dtype), f.B.to(dtype)) for name, f in drawn.factors.items()},
+    )
+    write_gguf(state, tmp_path / "a.gguf", base)
+    same(state, read_gguf(tmp_path / "a.gguf", base).state)
+
+
+def test_reorder_is_llama_cpps_permutation() -> None:
+    rows = torch.arange(16.0)[:, None]
+    # One head of 8: rotary partners i and i + 4 become neighbours.
+    assert reorder(rows, 2)[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert torch.equal(restore(reorder(rows, 2), 2), rows)
+
+
+def test_another_models_adapter_is_refused(model: Any, base: BaseShape, tmp_path: Path) -> None:
+    other = tiny.adapter(tiny.model("gpt2"), seed=3)
+    with pytest.raises(UserError, match="no such linear module"):
+        write_gguf(other, tmp_path / "a.gguf", base)
+
+
+def test_not_an_adapter_is_refused(model: Any, base: BaseShape, tmp_path: Path) -> None:
+    base_gguf(model, base, tmp_path / "base.gguf")
+    with pytest.raises(UserError, match=r"general.type None"):
+        read_gguf(tmp_path / "base.gguf", base)
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF" + bytes(range(200)))
+    with pytest.raises(UserError, match="cannot be read as GGUF"):
+        read_gguf(tmp_path / "junk.gguf", base)
