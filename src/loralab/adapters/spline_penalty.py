@@ -1,0 +1,74 @@
+"""The pull of a spline's values towards the identity, under any trainer.
+
+    R = sum over layers of  weight x mean_j (v_j - k_j)^2        (weight: spline_reg_weight)
+
+Its gradient, 2 weight (v - k) / num_knots, is added to the gradients that the optimiser is about
+to use: by a hook that PyTorch runs at the head of every `optimizer.step()`. So each step
+minimises (the trainer's loss) + R, with exactly one R a step, whatever the trainer does before:
+- gradient accumulation and loss scales that the trainer chooses do not multiply it;
+- mixed precision: it is added after a GradScaler has unscaled the gradients;
+- several processes: after they have averaged gradients, the same on each;
+- nothing is added where no gradient came (an inactive or frozen adapter).
+Not covered: it comes after gradient clipping, so the logged gradient norm is without it; an
+optimiser that evaluates a closure (L-BFGS) or holds flattened copies of the parameters
+(DeepSpeed ZeRO, FSDP 1) never sees it. There, set spline_reg_weight = 0 and add
+`spline_regularizer(model, weight=...)` to your own loss.
+
+Weight decay on the values pulls towards 0, not the identity: leave it at 0, or keep the splines
+out of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from loralab.adapters.spline import LoraSpline
+
+_penalised: WeakSet[LoraSpline] = WeakSet()
+
+
+def penalise(spline: LoraSpline) -> None:
+    """Have every optimiser that trains this spline's values add the gradient of R."""
+    _penalised.add(spline)
+
+
+def spline_regularizer(
+    model: nn.Module, adapter: str = "default", weight: float | None = None
+) -> Tensor:
+    """R of one adapter, a scalar with a gradient, for a log or a loss.
+
+    weight: in the place of the adapter's own spline_reg_weight. 0 if the model has no splines.
+    """
+    total = torch.zeros(())
+    for module in model.modules():
+        splines = getattr(module, "lora_spline", None)
+        if splines is not None and adapter in splines:
+            own = splines[adapter]
+            share = own.reg_weight if weight is None else weight
+            mean = (own.values - own.knots()).float().square().mean()
+            total = total.to(mean.device) + share * mean
+    return total
+
+
+@torch.no_grad()
+def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _penalised:
+        return
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # An optimiser that unscales by itself still holds scaled gradients here.
+    scale = getattr(optimizer, "grad_scale", None)
+    for spline in list(_penalised):
+        values = spline.values
+        if values.grad is None or id(values) not in trained or spline.reg_weight == 0:
+            continue
+        pull = (values - spline.knots()) * (2 * spline.reg_weight / values.numel())
+        values.grad.add_(pull if scale is None else pull * scale)
+
+
+register_optimizer_step_pre_hook(_add_gradient)
