@@ -2,7 +2,8 @@
 
 Everything a user can get wrong here (an unknown key, a wrong type, a missing file) becomes a
 UserError of one line that names the file, the key, the value and what was expected. Adding a kind
-of run is one more class with its own `kind` literal and one more row in `KINDS`.
+of run is one more class with its own `kind` literal, one more row in `KINDS` and one more member
+of `AnyConfig`.
 """
 
 from __future__ import annotations
@@ -169,21 +170,78 @@ class EngineConfig(Section):
     memory_gb: float | None = Field(default=None, gt=0)
 
 
-class EvolveConfig(Section):
-    """Evolve a LoRA adapter (or the weights themselves) on a task's reward."""
+class TrainingConfig(Section):
+    """Gradient training: `steps` updates of the weights, or `epochs` passes over the rows.
 
-    kind: Literal["evolve"]
+    An update sees batch_size * grad_accumulation rows, its loss a mean over their learned tokens.
+    schedule: of the learning rate after the warm-up, down to 0 but for "constant". warmup: a
+    number of steps, or below 1 a share of them. max_grad_norm: 0 is off. max_length: tokens; the
+    rest of a row is cut off. optimizer: as Transformers names it (adamw_torch, adamw_8bit,
+    adafactor ...). packing: rows share a batch place, up to max_length tokens, without seeing each
+    other. fast: our step (the loss on learned tokens alone, no padding, fused LoRA) where the
+    model allows it. save_every: steps between checkpoints, from which a killed run goes on.
+    """
+
+    steps: Positive | None = None
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: Positive = 8
+    grad_accumulation: Positive = 1
+    lr: float = Field(default=2e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: float = Field(default=0.0, ge=0)
+    weight_decay: Fraction = 0.0
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_length: int = Field(default=1024, ge=2)
+    optimizer: str = Field(default="adamw_torch", min_length=1)
+    gradient_checkpointing: bool = False
+    packing: bool = False
+    fast: bool = True
+    log_every: Positive = 1
+    save_every: Positive = 100
+    report_to: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("either steps or epochs")
+        return self
+
+
+class DataConfig(Section):
+    """Rows of a .json, .jsonl, .jsonl.gz or .parquet file, or of a folder of them.
+
+    prompt_completion: `prompt` and `completion`, each text or messages. chat: `messages`, of which
+    the last turn of the assistant is learned. text: `text`, learned whole. test_path: held-out
+    rows; without it test_share of the rows, chosen by the seed.
+    """
+
+    path: str = Field(min_length=1)
+    format: Literal["prompt_completion", "chat", "text"] = "prompt_completion"
+    test_path: str | None = None
+    test_share: float = Field(default=0.1, gt=0, lt=1)
+
+
+class EvaluationConfig(Section):
+    """Completions of the first `limit` examples (null: all) before and after, and between.
+
+    every: steps from one evaluation during training to the next, null for none.
+    """
+
+    split: Literal["train", "test"] = "test"
+    limit: Positive | None = 32
+    every: Positive | None = None
+
+
+class CommonConfig(Section):
+    """What every kind of run says."""
+
+    kind: str
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = Field(min_length=1)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(default=0, ge=0, lt=2**63)
     threads: Positive | None = None
-    task: TaskConfig
-    adapter: AdapterConfig = AdapterConfig()
-    evolution: EvolutionConfig
-    generation: GenerationConfig = GenerationConfig()
-    engine: EngineConfig = EngineConfig()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, every default written out: what `config.yaml` of a run holds."""
@@ -193,6 +251,48 @@ class EvolveConfig(Section):
         """Hex digest of the resolved values: equal exactly when the runs asked for are equal."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class EvolveConfig(CommonConfig):
+    """Evolve a LoRA adapter (or the weights themselves) on a task's reward."""
+
+    kind: Literal["evolve"]
+    task: TaskConfig
+    adapter: AdapterConfig = AdapterConfig()
+    evolution: EvolutionConfig
+    generation: GenerationConfig = GenerationConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+class SftConfig(CommonConfig):
+    """Supervised fine-tuning: learn a task's gold answers, or completions from a file.
+
+    Either `task` or `data` gives the rows. `full: true` trains the model itself, without adapter.
+    """
+
+    kind: Literal["sft"]
+    task: TaskConfig | None = None
+    data: DataConfig | None = None
+    adapter: AdapterConfig | None = AdapterConfig()
+    full: bool = False
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    generation: GenerationConfig = GenerationConfig(max_new_tokens=256)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_adapter_in_full(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("full") is True:
+            return {"adapter": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SftConfig:
+        if (self.task is None) == (self.data is None):
+            raise ValueError("either task or data, which say what to learn")
+        if self.full == (self.adapter is not None):
+            raise ValueError("either adapter or full: true")
+        return self
 
 
 EXPECTED = {
@@ -207,7 +307,11 @@ EXPECTED = {
 }
 """Pydantic's words for types, put as YAML has them."""
 
-KINDS: Mapping[str, type[EvolveConfig]] = {"evolve": EvolveConfig}
+AnyConfig = EvolveConfig | SftConfig
+KINDS: Mapping[str, type[EvolveConfig] | type[SftConfig]] = {
+    "evolve": EvolveConfig,
+    "sft": SftConfig,
+}
 
 
 def shipped() -> dict[str, Path]:
@@ -235,7 +339,7 @@ def resolve(name_or_path: str | Path) -> Path:
     )
 
 
-def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> EvolveConfig:
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     """Read a config by path or shipped name, apply `a.b=value` overrides, and check it.
 
     Override values are YAML (`8`, `1e-4`, `true`, `null`, `[q_proj, v_proj]`, text). Raises
@@ -254,7 +358,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> EvolveConfi
     return parse(values, str(path), overridden)
 
 
-def parse(values: Mapping[str, Any], source: str, overridden: Sequence[str] = ()) -> EvolveConfig:
+def parse(values: Mapping[str, Any], source: str, overridden: Sequence[str] = ()) -> AnyConfig:
     """Check plain values. `source` and the `overridden` key paths tell errors where to point."""
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -272,6 +376,14 @@ def parse(values: Mapping[str, Any], source: str, overridden: Sequence[str] = ()
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
         line = _explain(path, details[path], known, source, overridden)
         raise UserError(line + more) from None
+
+
+def parse_evolve(values: Mapping[str, Any], source: str) -> EvolveConfig:
+    """As `parse`, where only an evolution will do: what a journal holds."""
+    parsed = parse(values, source)
+    if not isinstance(parsed, EvolveConfig):
+        raise UserError(f"{source}: kind is {_shown(parsed.kind)}; expected 'evolve'")
+    return parsed
 
 
 def _override(values: dict[str, Any], text: str) -> str:
@@ -319,7 +431,8 @@ def _explain(
     if kind == "missing":
         return f"{source}: {path} is missing; it has no default"
     if whole_section:
-        return f"{source}: {path}: expected {detail['ctx']['error']}"
+        where = f"{source}: {path}" if path else source
+        return f"{where}: expected {detail['ctx']['error']}"
     if path == "adapter.target_modules":
         expected = '"all-linear" or a list of module names'
     else:

@@ -38,7 +38,7 @@ def first_state(header: Header, sample: Mapping[str, Tensor] | None = None) -> S
 
     sample: some rows of each base weight, for `WeightSpace` to measure what rounding absorbs.
     """
-    config = configs.parse(header.config, "the journal's header")
+    config = configs.parse_evolve(header.config, "the journal's header")
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
     sigmas = {name: float.fromhex(text) for name, text in header.sigmas.items()}
     options, adapter = config.evolution, config.adapter
@@ -108,7 +108,7 @@ def save_generation(run: Run, generation: int | None, out: Path) -> Replayed:
         raise UserError(f"{out} exists and is not empty: choose another --out")
     contents = read(run.journal_path)
     state = state_of(contents, generation)
-    adapter, truncation = as_adapter(state, configs.parse(contents.header.config, "journal"))
+    adapter, truncation = as_adapter(state, configs.parse_evolve(contents.header.config, "journal"))
     try:
         adapter.save(out)
         if truncation is not None:

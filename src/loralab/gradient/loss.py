@@ -1,0 +1,136 @@
+"""The loss of a causal language model on its learned tokens alone, without the whole logits.
+
+    loss = 1/N * sum over learned tokens t of  -log softmax(W h_t + b)[label_t]
+
+A vocabulary of 49,152 makes the logits of one batch larger than everything else in a step, and
+most of them belong to prompt tokens that nobody learns. Here the hidden states of the learned
+tokens are selected first; the head runs on them in pieces, and the gradient of each piece is made
+while its logits are there, as in Liger Kernel (arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loralab.gradient.rows import IGNORED
+
+PIECE = 256
+"""Learned tokens whose logits exist at one time."""
+
+MODEL_TYPES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gemma3_text", "gpt2"}
+)
+"""Models whose `forward` is known to be backbone, head, loss, and nothing else."""
+
+
+def reason_against(model: Any) -> str | None:
+    """Why a causal LM keeps its own loss; None where `labelled_head` computes the same."""
+    kind = getattr(model.config, "model_type", "?")
+    head = model.get_output_embeddings()
+    if kind not in MODEL_TYPES:
+        return f"model type {kind!r} is not among those known to be backbone and head alone"
+    if getattr(model.config, "final_logit_softcapping", None):
+        return "its logits are soft-capped"
+    if type(head) is not nn.Linear:
+        return f"its head is {type(head).__name__}, not a plain linear layer"
+    return None
+
+
+@contextmanager
+def labelled_head(model: Any) -> Iterator[None]:
+    """Within it, `model(..., labels=labels)` gives the same loss and no logits.
+
+    model: the causal LM itself, not the PEFT model around it. Calls without labels are as before.
+    """
+    before = model.__dict__.get("forward")
+    original = model.forward
+
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **kw: Any,
+    ) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        if labels is None:
+            return original(*args, **kw)
+        kw["use_cache"] = False
+        hidden = getattr(self, self.base_model_prefix)(*args, **kw).last_hidden_state
+        loss = labelled_loss(hidden, labels, self.get_output_embeddings(), num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss)
+
+    model.forward = MethodType(forward, model)
+    try:
+        yield
+    finally:
+        if before is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = before
+
+
+def labelled_loss(hidden: Tensor, labels: Tensor, head: nn.Linear, count: Any = None) -> Tensor:
+    """Mean negative log-likelihood of the labels, each predicted from the token before it.
+
+    hidden: (rows, tokens, d). labels: (rows, tokens), -100 where not learned. count: what the sum
+    is divided by, None for the labels in this batch.
+    """
+    targets = labels[:, 1:]
+    learned = targets != IGNORED
+    picked = hidden[:, :-1][learned]
+    total: Tensor = _HeadLoss.apply(picked, head.weight, head.bias, targets[learned])  # type: ignore[no-untyped-call]
+    return total / (learned.sum().clamp(min=1) if count is None else count)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum over tokens of -log softmax(h W^T + b)[target], float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        """hidden (n, d), weight (v, d), bias (v) or None, targets (n)."""
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for at in range(0, len(hidden), PIECE):
+            h, wanted = hidden[at : at + PIECE], targets[at : at + PIECE, None]
+            logits = functional.linear(h, weight, bias).float()
+            norm = logits.logsumexp(dim=-1, keepdim=True)
+            total += (norm - logits.gather(1, wanted)).sum()
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            slope = logits.sub_(norm).exp_()
+            slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
+            if d_bias is not None:
+                d_bias += slope.sum(dim=0)
+            slope = slope.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[at : at + PIECE] = slope @ weight
+            if d_weight is not None:
+                d_weight += slope.t() @ h.to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * grad).to(weight_dtype),
+            None if d_bias is None else (d_bias * grad).to(bias_dtype),
+            None,
+        )

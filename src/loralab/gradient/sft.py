@@ -1,0 +1,379 @@
+"""Supervised fine-tuning of a model in memory: TRL's trainer around a step of our own.
+
+The loop, the optimiser, the schedule, checkpoints and many machines are TRL's and Transformers'
+(SFTTrainer on Trainer on Accelerate). Ours are the rows (see `rows`), and where the model is of a
+kind that allows it, the step: the loss on learned tokens alone (`loss`), sequences end to end
+instead of padding (`attention`), fused LoRA products (`fast`).
+
+A checkpoint holds the adapter in safetensors, and the state of optimiser, schedule and random
+numbers as the Trainer writes them with torch.save; they are read back with weights_only=True,
+which makes tensors and plain containers and runs no code. The Trainer's pickled arguments are
+not kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, Trainer
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+
+from loralab import durable
+from loralab.config import TrainingConfig
+from loralab.errors import UserError
+from loralab.gradient import attention, loss
+from loralab.gradient.collate import as_record, as_row, flatten, pad, token_count
+from loralab.gradient.rows import Row, pack
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient norm that is no number. The weights are those of the step before.
+
+    step: counts from 1, the step that was not made.
+    """
+
+    def __init__(self, step: int, what: str, value: float) -> None:
+        self.step = step
+        super().__init__(
+            f"step {step}: {what} is {value}; stopped before it reached the weights. Lower "
+            "training.lr, lengthen training.warmup, or set training.max_grad_norm=1"
+        )
+
+
+@dataclass(frozen=True)
+class History:
+    """How training went, one entry a step since its beginning.
+
+    losses: mean negative log-likelihood per learned token, in nats. grad_norms: before clipping.
+    tokens: through the model in this session, padding left out, in `seconds`. complete: False if a
+    callback stopped it. notes: what was not done the fast way, and why.
+    """
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+    tokens: int
+    seconds: float
+    complete: bool
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    settings: TrainingConfig,
+    seed: int,
+    callbacks: Sequence[Any] = (),
+    output_dir: Path | None = None,
+    *,
+    resume_from: Path | None = None,
+    autocast: bool = False,
+) -> History:
+    """Train what is trainable in a model (a PeftModel, or the model itself), in place.
+
+    Rows are visited in an order that depends on the seed alone. The model is left in evaluation
+    mode, and its `forward` and attention as they were.
+
+    callbacks: Transformers' TrainerCallback objects; `on_log` sees every step, with `tokens` seen
+        so far and the step's `seconds` beside the Trainer's own numbers.
+    output_dir: where checkpoints go, every `settings.save_every` steps and when a callback asks;
+        None writes nothing.
+    resume_from: a checkpoint's directory. Training goes on as if it had not been interrupted, on
+        the CPU to the same bits.
+    autocast: weights are float32 but products run in bf16 (full fine-tuning).
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite.
+        UserError: no rows, or an optimizer that is not there.
+    """
+    if not rows:
+        raise UserError("there are no rows to train on")
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    notes, flat, labelled = _plan(causal, settings)
+    if settings.packing:
+        rows = pack(rows, settings.max_length)
+    with ExitStack() as stack:
+        folder = output_dir or Path(stack.enter_context(TemporaryDirectory()))
+        stack.enter_context(_forward_kept(model, causal))
+        stack.enter_context(_quiet())
+        arguments = _arguments(model, settings, seed, folder, autocast, output_dir is not None)
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+        def collate(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            batch = [as_row(record) for record in records]
+            return flatten(batch) if flat else pad(batch, pad_id)
+
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=Dataset.from_list([as_record(row) for row in rows]),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        trainer.own_loss = labelled
+        trainer.remove_callback(PrinterCallback)
+        # It would write its tokens into the model's config, and itself into each checkpoint.
+        trainer.processing_class = None
+        if settings.fast:
+            stack.enter_context(_fast_lora(model))
+        if labelled:
+            stack.enter_context(loss.labelled_head(causal))
+        stack.enter_context(attention.named_attention(causal, attention.NAME if flat else None))
+        before = perf_counter()
+        try:
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        finally:
+            model.eval()
+        seconds = perf_counter() - before
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    return History(
+        losses=tuple(float(row["loss"]) for row in steps),
+        grad_norms=tuple(float(row["grad_norm"]) for row in steps),
+        learning_rates=tuple(float(row["learning_rate"]) for row in steps),
+        tokens=trainer.tokens_here,
+        seconds=seconds,
+        complete=trainer.state.global_step >= trainer.state.max_steps,
+        notes=notes,
+    )
+
+
+def _plan(causal: Any, settings: TrainingConfig) -> tuple[tuple[str, ...], bool, bool]:
+    """What is to be said, whether batches are flat, whether the loss is ours."""
+    if not settings.fast:
+        if settings.packing:
+            raise UserError("training.packing needs training.fast: true")
+        return (), False, False
+    from_loss, from_attention = loss.reason_against(causal), attention.reason_against(causal)
+    if from_attention and settings.packing:
+        raise UserError(f"training.packing: this model cannot: {from_attention}")
+    notes = []
+    if from_loss:
+        notes.append(f"the loss is TRL's, slower than ours: {from_loss}")
+    if from_attention:
+        notes.append(f"batches are padded: {from_attention}")
+    # TRL's loss counts tokens by the attention mask that flat batches do not have.
+    flat = from_attention is None and from_loss is None
+    return tuple(notes), flat, from_loss is None
+
+
+def _arguments(
+    model: Any,
+    settings: TrainingConfig,
+    seed: int,
+    folder: Path,
+    autocast: bool,
+    checkpoints: bool,
+) -> TrlConfig:
+    length: dict[str, Any] = (
+        {"max_steps": settings.steps}
+        if settings.steps is not None
+        else {"num_train_epochs": settings.epochs}
+    )
+    schedule = settings.schedule
+    if schedule == "constant" and settings.warmup:
+        schedule = "constant_with_warmup"  # type: ignore[assignment]
+    try:
+        return TrlConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accumulation,
+            learning_rate=settings.lr,
+            lr_scheduler_type=schedule,
+            warmup_steps=settings.warmup,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            optim=settings.optimizer,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            seed=seed % 2**32,
+            bf16=autocast,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            logging_strategy="steps",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if checkpoints else "no",
+            save_steps=settings.save_every,
+            save_total_limit=2,
+            report_to=list(settings.report_to) or "none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **length,
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's, with our loss where the model allows it and every number looked at as it comes."""
+
+    own_loss = False
+    tokens_here = 0
+    # The loss is divided by the learned tokens of the whole update, not of each batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self._step_began = perf_counter()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if not self.own_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        value = outputs["loss"]
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            value = value * self.accelerator.num_processes
+        return (value, outputs) if return_outputs else value
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        value: Tensor = super().training_step(*args, **kwargs)
+        self._check("the loss", float(value))
+        return value
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check("the gradient's norm", float(norm))
+        return norm
+
+    def _check(self, what: str, value: float) -> None:
+        if not isfinite(value):
+            raise NonFiniteError(self.state.global_step + 1, what, value)
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        count = token_count(inputs)
+        self.tokens_here += count
+        self.state.num_input_tokens_seen += count
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        now = perf_counter()
+        logs["tokens"] = self.state.num_input_tokens_seen
+        logs["seconds"], self._step_began = now - self._step_began, now
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint appears whole: written under another name, then renamed."""
+        place = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        draft = place / f"{durable.TEMPORARY_PREFIX}checkpoint"
+        with durable.explain_os_errors(place):
+            shutil.rmtree(draft, ignore_errors=True)
+            self.args.output_dir = str(draft)
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self.args.output_dir = str(place)
+            (draft / name / "training_args.bin").unlink(missing_ok=True)
+            for file in (draft / name).rglob("*"):
+                _sync(file)
+            shutil.rmtree(place / name, ignore_errors=True)
+            os.replace(draft / name, place / name)
+            draft.rmdir()
+            durable.sync_folder(place)
+        for old in checkpoints(place)[: -self.args.save_total_limit]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that were made when a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _sync(file: Path) -> None:
+    if file.is_file():
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _forward_kept(*models: Any) -> Iterator[None]:
+    """Take out again what TRL and Accelerate put over `forward`, or calls would pile up."""
+    before = [model.__dict__.get("forward") for model in models]
+    try:
+        yield
+    finally:
+        for model, forward in zip(models, before, strict=True):
+            if forward is None:
+                model.__dict__.pop("forward", None)
+            else:
+                model.__dict__["forward"] = forward
+
+
+@contextmanager
+def _fast_lora(model: Any) -> Iterator[None]:
+    """Fused LoRA products while it trains; a model that was patched before stays so."""
+    from loralab.gradient import fast
+
+    before = fast.report(model).taken
+    fast.patch(model)
+    try:
+        yield
+    finally:
+        if not before:
+            fast.unpatch(model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' advice would write over a live display; failures still raise."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            # TRL itself uses names that Transformers has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message=".*is deprecated and will be removed")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
