@@ -97,6 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
 
+    export = add("export", _export, "an adapter in another program's format, and what that loses")
+    export.add_argument("adapter", metavar="ADAPTER", help="PEFT, mlx-lm, .gguf or a tuned model")
+    export.add_argument("--to", required=True, choices=("peft", "mlx", "gguf", "merged"))
+    export.add_argument("--output", required=True, metavar="PATH", help="must not exist yet")
+    export.add_argument("--base", metavar="MODEL", help="smollm2, a directory, .gguf or a hub name")
+    export.add_argument("--rank", type=_natural, metavar="R", help="of an SVD, default 16")
+    export.add_argument(
+        "--approximate", action="store_true", help="a nonlinear adapter as the nearest plain LoRA"
+    )
+
     report = add("report", _report, "write a run's report.html and figures anew")
     report.add_argument("run", metavar="RUN")
 
@@ -220,6 +230,21 @@ def _replay(arguments: argparse.Namespace) -> int:
     print(f"generation {made.generation}, digest {made.digest}: {made.adapter}")
     if made.truncation is not None:
         print(f"the adapter is off by {made.truncation.total:.1%} of the change in the weights")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from loralab.export import export
+
+    made = export(
+        Path(arguments.adapter),
+        arguments.to,
+        Path(arguments.output),
+        arguments.base,
+        arguments.rank,
+        arguments.approximate,
+    )
+    print("\n".join(made.lines))
     return 0
 
 

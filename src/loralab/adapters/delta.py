@@ -30,7 +30,7 @@ class LowRank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Extraction:
+class TunedDelta:
     """What of a fine-tuning an adapter can hold.
 
     energy: kept share by module. lost: relative change ||tuned - base||_F / ||base||_F of every
@@ -64,7 +64,7 @@ def low_rank_delta(delta: Tensor, rank: int) -> LowRank:
     return LowRank(a, b, _energy(made.modules["delta"]))
 
 
-def extract(tuned: nn.Module, base: nn.Module, rank: int) -> Extraction:
+def tuned_delta(tuned: nn.Module, base: nn.Module, rank: int) -> TunedDelta:
     """The nearest LoRA of rank `rank`, scaling 1, for tuned - base, over every linear module.
 
     Modules that did not change get no factors. The two models' state dicts must have the same
@@ -100,7 +100,7 @@ def extract(tuned: nn.Module, base: nn.Module, rank: int) -> Extraction:
         for name, tensor in before.items()
         if name not in expressed and (size := _relative_change(after[name], tensor)) != 0
     }
-    return Extraction(AdapterState(factors, 1.0), energy, lost)
+    return TunedDelta(AdapterState(factors, 1.0), energy, lost)
 
 
 def _relative_change(after: Tensor, before: Tensor) -> float:

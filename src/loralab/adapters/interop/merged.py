@@ -97,7 +97,7 @@ def write_merged(model: Any, tokenizer: Any, directory: Path) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _untie(model: Any, module: nn.Module | None) -> None:
+def _untie(model: Any, module: Any) -> None:
     head = model.get_output_embeddings()
     if module is None or module is not head or not model.config.tie_word_embeddings:
         return

@@ -1,0 +1,375 @@
+"""`loralab export`: what each target computes, what it says, what it never touches."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import tiny
+from loralab import cli
+from loralab.adapters import LSLoraConfig, SineLoraConfig
+from loralab.adapters.delta import low_rank_delta, tuned_delta
+from loralab.adapters.interop.merged import merge
+from loralab.adapters.state import AdapterState
+from loralab.errors import UserError
+from loralab.export import export
+
+PROMPT = [0, 5, 17, 33, 9, 60, 21, 8]
+
+
+def tied() -> Any:
+    config = copy.deepcopy(tiny.model("llama").config)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    made = tf.AutoModelForCausalLM.from_config(config)
+    for parameter in made.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return made.eval()
+
+
+def save(model: Any, path: Path) -> str:
+    model.save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.model("llama")
+
+
+@pytest.fixture(scope="module")
+def base(model: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save(model, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def plain(model: Any, tmp_path: Path) -> Path:
+    tiny.adapter(model, seed=1).save(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model(input_ids=torch.tensor([PROMPT])).logits[0].float()
+    return result
+
+
+def load(path: Path) -> Any:
+    return tf.AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def adapted(model: Any, path: Path) -> torch.Tensor:
+    return logits(PeftModel.from_pretrained(copy.deepcopy(model), path).eval())
+
+
+def far(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
+def test_merged_is_the_unmerged_model(kind: str, tmp_path: Path) -> None:
+    made = tiny.model(kind)
+    name = save(made, tmp_path / "base")
+    tiny.adapter(made, seed=2, size=0.05).save(tmp_path / "adapter")
+    result = export(tmp_path / "adapter", "merged", tmp_path / "merged", name)
+    merged = logits(load(tmp_path / "merged"))
+    expected = adapted(made, tmp_path / "adapter")
+    assert far(merged, expected) < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert far(merged, logits(made)) > 0.1
+    assert result.fidelity["no_op"] < 1e-3
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (
+        tokenizer(tiny.words(4, 0))["input_ids"] == tiny.tokenizer()(tiny.words(4, 0))["input_ids"]
+    )
+
+
+def test_merging_into_a_tied_head_leaves_the_embedding(tmp_path: Path) -> None:
+    made = tied()
+    name = save(made, tmp_path / "base")
+    body = [n for n in tiny.linear_names(made) if n.endswith("down_proj")]
+    tiny.adapter(made, seed=3, names=body).save(tmp_path / "body")
+    export(tmp_path / "body", "merged", tmp_path / "one", name)
+    assert "lm_head.weight" not in load_file(tmp_path / "one" / "model.safetensors")
+    assert far(logits(load(tmp_path / "one")), adapted(made, tmp_path / "body")) < 1e-4
+
+    tiny.adapter(made, seed=4, names=["lm_head"]).save(tmp_path / "head")
+    result = export(tmp_path / "head", "merged", tmp_path / "two", name)
+    merged = load(tmp_path / "two")
+    assert torch.equal(merged.get_input_embeddings().weight, made.get_input_embeddings().weight)
+    expected = logits(made) + 1.5 * low_rank_head(made, tmp_path / "head")
+    assert far(logits(merged), expected) < 1e-4
+    assert any("no longer shares" in line for line in result.lines)
+
+
+@torch.no_grad()
+def low_rank_head(model: Any, adapter: Path) -> torch.Tensor:
+    """B A x of the head's adapter: PEFT itself warns about and mishandles tied heads."""
+    [(a, b)] = AdapterState.load(adapter).factors.values()
+    hidden = model.model(input_ids=torch.tensor([PROMPT])).last_hidden_state[0]
+    return hidden @ a.t() @ b.t()
+
+
+def test_bf16_rounding_is_counted(model: Any, tmp_path: Path) -> None:
+    """A change of an eighth of an ulp is lost, one of three ulps is not."""
+    small = copy.deepcopy(model)
+    module = "model.layers.0.mlp.up_proj"
+    weight = small.get_submodule(module).weight
+    weight.data.fill_(1.0)
+    delta = torch.zeros_like(weight)
+    delta[:10] = 2.0**-7 / 8
+    delta[10:40] = 3 * 2.0**-7
+    report = merge(small, [(module, delta)], torch.bfloat16)
+    assert report.no_op == pytest.approx(0.25)
+    assert small.get_submodule(module).weight.dtype == torch.bfloat16
+    lost = 10 * (1 / 8) ** 2
+    assert report.error == pytest.approx((lost / (lost + 30 * 9)) ** 0.5, rel=1e-4)
+
+
+def test_bf16_base_gives_a_bf16_merge(model: Any, plain: Path, tmp_path: Path) -> None:
+    name = save(copy.deepcopy(model).to(torch.bfloat16), tmp_path / "base")
+    result = export(plain, "merged", tmp_path / "merged", name)
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    assert 0 < result.fidelity["no_op"] < 0.05
+    assert any("cast-to-no-op share" in line for line in result.lines)
+
+
+def test_every_format_and_back(model: Any, base: str, plain: Path, tmp_path: Path) -> None:
+    export(plain, "mlx", tmp_path / "mlx", base)
+    export(tmp_path / "mlx", "gguf", tmp_path / "adapter.gguf", base)
+    export(tmp_path / "adapter.gguf", "peft", tmp_path / "peft", base)
+    one, two = (load_file(p / "adapter_model.safetensors") for p in (plain, tmp_path / "peft"))
+    assert set(one) == set(two)
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert far(adapted(model, tmp_path / "peft"), adapted(model, plain)) == 0
+
+
+def nonlinear(model: Any, config: Any, path: Path) -> Any:
+    """A saved PEFT model with every parameter of a nonlinear adapter random."""
+    made = get_peft_model(copy.deepcopy(model), config)
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.15
+            spline = "lora_spline" in name
+            parameter.data = parameter.data + noise if spline else noise
+    made.save_pretrained(path)
+    return made.eval()
+
+
+SINE = SineLoraConfig(
+    r=4,
+    lora_alpha=6,
+    target_modules="all-linear",
+    sinelora_frequency=60.0,
+    sinelora_scaling=9.0,
+    task_type="CAUSAL_LM",
+)
+WEIGHT_SPLINE = LSLoraConfig(
+    r=4, lora_alpha=6, target_modules="all-linear", space="weight", task_type="CAUSAL_LM"
+)
+SPLINE = LSLoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("config", [SINE, WEIGHT_SPLINE], ids=["sine", "weight spline"])
+def test_nonlinear_weights_merge_exactly(
+    model: Any, base: str, config: Any, tmp_path: Path
+) -> None:
+    made = nonlinear(model, copy.deepcopy(config), tmp_path / "adapter")
+    export(tmp_path / "adapter", "merged", tmp_path / "merged", base)
+    assert far(logits(load(tmp_path / "merged")), logits(made)) < 1e-4
+    assert far(logits(made), logits(model)) > 0.1
+
+
+@pytest.mark.parametrize("config", [SINE, WEIGHT_SPLINE, SPLINE], ids=["sine", "weight", "spline"])
+@pytest.mark.parametrize("to", ["peft", "mlx", "gguf"])
+def test_nonlinear_needs_approximate(
+    model: Any, base: str, config: Any, to: str, tmp_path: Path
+) -> None:
+    nonlinear(model, copy.deepcopy(config), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"not linear in B A.*--approximate"):
+        export(tmp_path / "adapter", to, tmp_path / "made", base)
+    assert not (tmp_path / "made").exists()
+
+
+def test_sine_at_full_rank_is_exact_and_at_low_rank_says_the_error(
+    model: Any, base: str, tmp_path: Path
+) -> None:
+    made = nonlinear(model, copy.deepcopy(SINE), tmp_path / "adapter")
+    full = export(tmp_path / "adapter", "peft", tmp_path / "full", base, 64, approximate=True)
+    assert far(adapted(model, tmp_path / "full"), logits(made)) < 1e-3
+    assert full.fidelity["kl"] < 1e-6
+    low = export(tmp_path / "adapter", "peft", tmp_path / "low", base, 8, approximate=True)
+    assert low.fidelity["kl"] > 1e-3
+    kept = low.fidelity["energy"]["model.layers.0.self_attn.q_proj"]
+    layer = made.base_model.model.model.layers[0].self_attn.q_proj
+    values = torch.linalg.svdvals(layer.get_delta_weight("default")).square()
+    assert kept == pytest.approx(float(values[:8].sum() / values.sum()), rel=1e-4)
+    written = json.loads((tmp_path / "low" / "fidelity.json").read_text())
+    assert written == json.loads(json.dumps(low.fidelity))
+    assert any("KL from the original" in line for line in low.lines)
+
+
+def test_identity_spline_is_plain_lora(model: Any, base: str, tmp_path: Path) -> None:
+    """v = k: the fitted gain is 1, times the two scales."""
+    made = get_peft_model(copy.deepcopy(model), copy.deepcopy(SPLINE))
+    for name, parameter in made.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.15
+        elif name.endswith("output_scale"):
+            parameter.data.fill_(0.7)
+    made.save_pretrained(tmp_path / "adapter")
+    result = export(tmp_path / "adapter", "peft", tmp_path / "made", base, approximate=True)
+    assert all(g == pytest.approx(0.7, rel=1e-5) for g in result.fidelity["gain"].values())
+    assert result.fidelity["kl"] < 1e-6
+    assert far(adapted(model, tmp_path / "made"), logits(made.eval())) < 1e-4
+
+
+def test_bent_spline_loses_and_says_so(model: Any, base: str, tmp_path: Path) -> None:
+    made = nonlinear(model, copy.deepcopy(SPLINE), tmp_path / "adapter")
+    result = export(tmp_path / "adapter", "peft", tmp_path / "made", base, approximate=True)
+    assert result.fidelity["kl"] > 1e-4
+    assert all(0 < error < 1 for error in result.fidelity["error"].values())
+    assert far(adapted(model, tmp_path / "made"), logits(made)) < far(logits(model), logits(made))
+
+
+def test_hostile_nonlinear_configs_are_refused(model: Any, base: str, tmp_path: Path) -> None:
+    nonlinear(model, copy.deepcopy(SPLINE), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for change, said in [
+        ({"num_knots": 10**9}, "num_knots"),
+        ({"num_knots": 7}, "expected \\(7,\\)"),
+        ({"space": ["weight"]}, "expected a word"),
+        ({"k_min": float("nan")}, "finite"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ]:
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=said):
+            export(tmp_path, "peft", tmp_path / "made", base, approximate=True)
+    # What PEFT would import or match is not even read.
+    harmless = {"target_modules": "(a+)+$", "megatron_config": {"a": 1}, "megatron_core": "os"}
+    path.write_text(json.dumps({**config, **harmless}))
+    export(tmp_path, "peft", tmp_path / "made", base, approximate=True)
+
+
+def tuned(model: Any, adapter: AdapterState) -> Any:
+    made = copy.deepcopy(model)
+    for module, (a, b) in adapter.factors.items():
+        made.get_submodule(module).weight.data += adapter.scaling * b @ a
+    return made
+
+
+def test_a_fine_tuned_model_becomes_the_adapter_that_made_it(
+    model: Any, base: str, tmp_path: Path
+) -> None:
+    made = tuned(model, tiny.adapter(model, seed=7, rank=4))
+    made.model.norm.weight.data *= 1.001
+    save(made, tmp_path / "tuned")
+    result = export(tmp_path / "tuned", "peft", tmp_path / "made", base, 4)
+    assert all(e > 1 - 1e-6 for e in result.fidelity["energy"].values())
+    assert list(result.fidelity["lost"]) == ["model.norm.weight"]
+    assert result.fidelity["lost"]["model.norm.weight"] == pytest.approx(0.001, rel=1e-2)
+    made.model.norm.weight.data /= 1.001
+    assert far(adapted(model, tmp_path / "made"), logits(made)) < 1e-2
+    assert any("lost: model.norm.weight" in line for line in result.lines)
+
+
+def test_unchanged_modules_get_no_factors(model: Any) -> None:
+    made = tuned(model, tiny.adapter(model, seed=8, names=["model.layers.1.mlp.up_proj"]))
+    result = tuned_delta(made, model, 2)
+    assert list(result.adapter.factors) == ["model.layers.1.mlp.up_proj"]
+    with pytest.raises(UserError, match="nothing to extract"):
+        tuned_delta(model, model, 2)
+
+
+def test_low_rank_delta_is_the_svd() -> None:
+    generator = torch.Generator().manual_seed(9)
+    delta = torch.randn(40, 24, generator=generator)
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    made = low_rank_delta(delta, 5)
+    assert torch.allclose(made.B @ made.A, u[:, :5] * s[:5] @ vt[:5], atol=1e-4)
+    assert made.energy == pytest.approx(float(s[:5].square().sum() / s.square().sum()), rel=1e-5)
+    assert torch.allclose(made.A.norm(dim=1), made.B.norm(dim=0), rtol=1e-4)
+    assert low_rank_delta(delta, 24).energy == pytest.approx(1.0)
+    assert low_rank_delta(torch.zeros(3, 4), 2).energy == 1.0
+    with pytest.raises(ValueError, match="NaN"):
+        low_rank_delta(delta * float("nan"), 2)
+
+
+def test_nothing_is_overwritten(base: str, plain: Path, tmp_path: Path) -> None:
+    for to in ("peft", "mlx", "gguf", "merged"):
+        taken = tmp_path / f"taken-{to}"
+        taken.mkdir()
+        (taken / "thesis.txt").write_text("mine")
+        with pytest.raises(UserError, match="exists already"):
+            export(plain, to, taken, base)
+        assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
+    file = tmp_path / "file.gguf"
+    file.write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        export(plain, "gguf", file, base)
+    assert file.read_text() == "mine"
+    assert not list(tmp_path.glob(".partial-*"))
+
+
+def test_a_failure_leaves_nothing(
+    base: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("loralab.export.os.fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        export(plain, "peft", tmp_path / "made")
+    assert {p.name for p in tmp_path.iterdir()} == {"plain"}
+
+
+def test_a_path_in_a_config_is_not_opened(plain: Path, tmp_path: Path) -> None:
+    config = json.loads((plain / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "elsewhere")
+    (plain / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="--base is missing"):
+        export(plain, "merged", tmp_path / "made")
+    with pytest.raises(UserError, match="--base is missing"):
+        export(plain, "gguf", tmp_path / "made.gguf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rank", "0"], "expected 1 or more"),
+        (["--rank", "4"], "keeps its rank"),
+        (["--base", "OTHER"], "wrong --base"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(
+    plain: Path, tmp_path: Path, capsys: Any, arguments: list[str], said: str
+) -> None:
+    other = save(tiny.model("gpt2"), tmp_path / "other")
+    words = [other if word == "OTHER" else word for word in arguments]
+    capsys.readouterr()  # the bars of save_pretrained
+    code = cli.main(["export", str(plain), "--to", "peft", "--output", str(tmp_path / "x"), *words])
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_reports(base: str, plain: Path, tmp_path: Path, capsys: Any) -> None:
+    made = tmp_path / "made.gguf"
+    words = ["export", str(plain), "--to", "gguf", "--output", str(made), "--base", base]
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "read: PEFT LoRA, 14 modules, rank 4, scaling 1.5, float32"
+    assert lines[-1] == f"wrote {made}"
+    assert any(line.startswith("lost:") for line in lines)
