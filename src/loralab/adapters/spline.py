@@ -75,7 +75,8 @@ def spline(
         x = x.clamp(k_min, k_max)
     count = values.shape[0]
     knots = knot_positions(count, k_min, k_max, like=z, dtype=work)
-    deviation = values.to(work) - knots
+    # Against the grid as the values' own type can hold it, so that v = k is exact in bf16 too.
+    deviation = values.to(work) - knots.to(values.dtype).to(work)
     slope = deviation.diff() * ((count - 1) / (k_max - k_min))
     offset = deviation[:-1] - slope * knots[:-1]
     # Chosen by masks, not gathered: the gradient is then a plain sum, fast and deterministic.
@@ -104,8 +105,10 @@ def soft_spline(z: Tensor, values: Tensor, k_min: float, k_max: float) -> Tensor
 class LoraSpline(nn.Module):
     """One layer's function and its parameters; `layer.lora_spline[adapter]`.
 
-    values: (num_knots,). input_scale, output_scale: scalars. gate: a scalar, if gated.
-    All are kept in fp32 when the base is not: they are few, and steps of 1e-4 vanish in bf16.
+    values: (num_knots,). input_scale, output_scale: (1,). gate: (1,) if gated, else None. Not
+    scalars of no dimension, which FSDP cannot shard.
+    On a half-precision base PEFT keeps them in fp32, unless autocast_adapter_dtype=False; leave
+    that alone, steps of 1e-4 vanish in bf16.
     """
 
     def __init__(self, config: LSLoraConfig) -> None:
@@ -120,11 +123,11 @@ class LoraSpline(nn.Module):
             bend = BEND * (config.k_max - config.k_min) / (config.num_knots - 1)
             values += bend * (1 - 2 * (torch.arange(config.num_knots) % 2))
         self.values = nn.Parameter(values)
-        self.input_scale = nn.Parameter(torch.tensor(1.0))
-        self.output_scale = nn.Parameter(torch.tensor(config.output_scale_init))
+        self.input_scale = nn.Parameter(torch.ones(1))
+        self.output_scale = nn.Parameter(torch.full((1,), float(config.output_scale_init)))
         self.register_parameter("gate", None)
         if config.gated:
-            self.gate = nn.Parameter(torch.tensor(0.0))
+            self.gate = nn.Parameter(torch.zeros(1))
         penalise(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -254,7 +257,7 @@ class SplineVariant(NonlinearVariant):
         self.mergeable = config.mergeable
 
     def init(self, module: LoraLayer, adapter_name: str, **_: Any) -> None:
-        made = LoraSpline(self.config).to(module.lora_A[adapter_name].weight.device)
+        made = LoraSpline(self.config).to(module.lora_A[adapter_name].weight)
         module.lora_spline[adapter_name] = made
 
     def forward(
@@ -285,17 +288,6 @@ class SplineLayer(NonlinearLayer):
         if not hasattr(self, "lora_spline"):
             self.lora_spline = nn.ModuleDict({})
         super().update_layer(adapter_name, *args, **kwargs)
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """To the device of the base, as PEFT does, but not to its type."""
-        own = self.lora_spline[adapter_name] if adapter_name in self.lora_spline else None  # noqa: SIM401
-        types = {} if own is None else {name: p.dtype for name, p in own.named_parameters()}
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for name, dtype in types.items():
-            parameter = getattr(own, name)
-            parameter.data = parameter.data.to(dtype)
 
 
 class LSLoraModel(NonlinearModel):
