@@ -1,0 +1,73 @@
+"""The rows of a benchmark's split: from a folder, from files, or from the hub."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from loralab.data.sources import Row, data_files, read_rows
+from loralab.errors import UserError
+from loralab.tasks.base import Split
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def rows_of_split(path: str, split: Split, subset: str | None = None) -> list[Row]:
+    """Rows of a split; [] where a local folder has no file of it.
+
+    path: a folder with files named after their split (train.jsonl.gz, test.json, "val..." counts
+        as test), or a hub name such as "openai/gsm8k", which is downloaded.
+    subset: the configuration of a hub dataset.
+
+    Raises:
+        UserError: nothing at the path that can be read, or the hub cannot be reached.
+    """
+    local = Path(path).expanduser()
+    if not local.exists() and _HUB_NAME.fullmatch(path):
+        return _from_hub(path, split, subset)
+    if not local.is_dir():
+        raise UserError(f"{path}: expected a folder that holds train and test files, or a hub name")
+    wanted = ("train",) if split == "train" else ("test", "val", "dev")
+    for prefix in wanted:
+        files = [file for file in data_files(local) if file.name.lower().startswith(prefix)]
+        if files:
+            return [row for file in files for row in read_rows(file)]
+    return []
+
+
+def _from_hub(name: str, split: Split, subset: str | None) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        table = load_dataset(name, subset, split=split)
+    except Exception as error:  # its errors are of many unrelated classes
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"dataset {name!r} cannot be had from the hub: {reason}; give a folder that holds it "
+            "as the task's option path"
+        ) from error
+    return [Row(dict(record), f"{name} {split} row {i}") for i, record in enumerate(table, 1)]
+
+
+def text_field(row: Row, field: str) -> str:
+    """A column that has to hold text. Raises UserError with the row's place."""
+    value = row.data.get(field)
+    if not isinstance(value, str):
+        raise UserError(f"{row.place}: `{field}` is {value!r}, expected text")
+    return value
+
+
+def cut(rows: Sequence[Row], share: float, seed: int) -> dict[Split, list[Row]]:
+    """One set of rows as two, the test side a seeded choice; both keep their order."""
+
+    places = list(range(len(rows)))
+    random.Random(seed).shuffle(places)
+    held = set(places[: max(1, round(share * len(rows)))])
+    if len(held) >= len(rows):
+        raise UserError(f"{len(rows)} rows cannot be split with test_share {share}")
+    return {
+        "train": [row for i, row in enumerate(rows) if i not in held],
+        "test": [row for i, row in enumerate(rows) if i in held],
+    }
