@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -37,6 +37,7 @@ from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import as_record, as_row, flatten, pad, token_count
+from loralab.gradient.outputs import sync
 from loralab.gradient.rows import Row, pack
 
 _log = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class History:
     """How training went, one entry a step since its beginning.
 
     losses: mean negative log-likelihood per learned token, in nats. grad_norms: before clipping.
-    tokens: through the model in this session, padding left out, in `seconds`. complete: False if a
-    callback stopped it. notes: what was not done the fast way, and why.
+    tokens: through the model in this session, padding left out, in `seconds` of making steps.
+    complete: False if a callback stopped it. notes: what was not done the fast way, and why.
     """
 
     losses: tuple[float, ...]
@@ -120,7 +121,7 @@ def train(
     with ExitStack() as stack:
         folder = output_dir or Path(stack.enter_context(TemporaryDirectory()))
         stack.enter_context(_forward_kept(model, causal))
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         arguments = _arguments(model, settings, seed, folder, autocast, output_dir is not None)
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
@@ -145,19 +146,17 @@ def train(
         if labelled:
             stack.enter_context(loss.labelled_head(causal))
         stack.enter_context(attention.named_attention(causal, attention.NAME if flat else None))
-        before = perf_counter()
         try:
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         finally:
             model.eval()
-        seconds = perf_counter() - before
     steps = [row for row in trainer.state.log_history if "loss" in row]
     return History(
         losses=tuple(float(row["loss"]) for row in steps),
         grad_norms=tuple(float(row["grad_norm"]) for row in steps),
         learning_rates=tuple(float(row["learning_rate"]) for row in steps),
         tokens=trainer.tokens_here,
-        seconds=seconds,
+        seconds=trainer.seconds_here,
         complete=trainer.state.global_step >= trainer.state.max_steps,
         notes=notes,
     )
@@ -236,6 +235,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
 
     own_loss = False
     tokens_here = 0
+    seconds_here = 0.0
     # The loss is divided by the learned tokens of the whole update, not of each batch.
     loss_is_scaled_for_ga = True
 
@@ -284,8 +284,20 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = perf_counter()
         logs["tokens"] = self.state.num_input_tokens_seen
-        logs["seconds"], self._step_began = now - self._step_began, now
+        if "loss" in logs:
+            logs["seconds"] = now - self._step_began
+            self.seconds_here += logs["seconds"]
         super().log(logs, start_time)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._step_began = perf_counter()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The model alone: no pickled arguments, and no question to the hub about embeddings."""
+        folder = output_dir or self.args.output_dir
+        peft = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+        self.model.save_pretrained(folder, state_dict=state_dict, **peft)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint appears whole: written under another name, then renamed."""
@@ -299,15 +311,23 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
                 Trainer._save_checkpoint(self, model, trial)
             finally:
                 self.args.output_dir = str(place)
-            (draft / name / "training_args.bin").unlink(missing_ok=True)
             for file in (draft / name).rglob("*"):
-                _sync(file)
+                if file.is_file():
+                    sync(file)
             shutil.rmtree(place / name, ignore_errors=True)
             os.replace(draft / name, place / name)
             draft.rmdir()
             durable.sync_folder(place)
         for old in checkpoints(place)[: -self.args.save_total_limit]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def total_steps(rows: int, settings: TrainingConfig) -> int:
+    """How many updates the settings ask for, of this many rows (before packing)."""
+    if settings.steps is not None:
+        return settings.steps
+    batches = ceil(rows / settings.batch_size)
+    return ceil(ceil(batches / settings.grad_accumulation) * (settings.epochs or 0))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -323,15 +343,6 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The number of steps that were made when a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def _sync(file: Path) -> None:
-    if file.is_file():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextmanager
@@ -363,8 +374,8 @@ def _fast_lora(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' advice would write over a live display; failures still raise."""
+def quiet() -> Iterator[None]:
+    """Without the libraries' advice, which would write over a live display; failures raise."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()

@@ -1,0 +1,131 @@
+"""A frozen linear layer with a LoRA update as one autograd operation.
+
+    y = x W^T + b + s (D x A^T) B^T,   D the dropout mask over 1 - p
+
+Shapes: x (tokens, in), W (out, in), A (r, in), B (out, r), gy = dL/dy (tokens, out). Backward:
+
+    gB = gy^T h,   gh = s gy B,   gA = gh^T (D x),   gx = gy W + D gh A,   h = s (D x) A^T
+
+Autograd through PEFT's three layers does the same sums and keeps more: the input once more (in
+fp32 where the adapter is fp32), both products, and passes of size (tokens, out) for the scaling
+and the addition. Here the input is kept once, the scaling multiplies (tokens, r), and both
+additions happen inside a matrix product.
+
+The adapter's part is written first and x W^T is added to it inside the product, whose
+accumulator is fp32. Rounding x W^T first, as PEFT does, loses an update that is under half a unit
+in its last place; here the update itself is rounded to x's type on the way, which is nearer to
+fp32 as long as it is smaller than x W^T.
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@contextmanager
+def in_autocast_type(x: Tensor) -> Iterator[Tensor]:
+    """x in the type that autocast would give a matrix product, with autocast off inside.
+
+    The operations here choose every type themselves; autocast would choose again.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield x
+        return
+    cast = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        yield cast
+
+
+def drop(x: Tensor, probability: float) -> tuple[Tensor, Tensor | None]:
+    """x after dropout, and the mask (bool) that backward needs; draws as nn.Dropout does."""
+    if not probability:
+        return x, None
+    dropped, mask = torch.native_dropout(x, probability, True)
+    return dropped, mask
+
+
+def redrop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    """x after the dropout of a mask drawn earlier."""
+    return x if mask is None else x * mask * (1 / (1 - probability))
+
+
+def input_gradient(
+    gy: Tensor, weight: Tensor, gh: Tensor, a: Tensor, mask: Tensor | None, probability: float
+) -> Tensor:
+    """gy W + D gh A, (tokens, in): the adapter's part first, so that it is rounded once."""
+    return redrop(gh @ a, mask, probability).addmm_(gy, weight)
+
+
+class LoraLinear(torch.autograd.Function):
+    """The operation of this file's head on two-dimensional x; W and b get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        """y (tokens, out) in x's type; the other tensors are cast to it."""
+        dtype = x.dtype
+        dropped, mask = drop(x, dropout)
+        h = (dropped @ a.to(dtype).t()).mul_(scaling)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        needs_a = ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if needs_a else None, mask, weight, a, b, h)
+        across = b.to(dtype).t()
+        y = h @ across if bias is None else torch.addmm(bias.to(dtype), h, across)
+        return y.addmm_(x, weight.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A and B, each in its own type."""
+        x, mask, weight, a, b, h = ctx.saved_tensors
+        dtype = gy.dtype
+        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        gx = ga = gb = None
+        if needs_b:
+            gb = (h.t() @ gy).t().to(b.dtype)
+        if needs_x or needs_a:
+            gh = (gy @ b.to(dtype)).mul_(ctx.scaling)
+            if needs_a:
+                ga = (gh.t() @ redrop(x, mask, ctx.dropout)).to(a.dtype)
+            if needs_x:
+                gx = input_gradient(gy, weight.to(dtype), gh, a.to(dtype), mask, ctx.dropout)
+        return gx, None, None, ga, gb, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """y = x W^T + b + s dropout(x) A^T B^T.
+
+    x (..., in); weight (out, in) and bias (out,), both frozen; a (r, in); b (out, r);
+    dropout: probability in [0, 1), 0 outside training. Returns (..., out) in x's type, or in
+    autocast's where that is on; a and b may be fp32 beside a bf16 x.
+    """
+    with in_autocast_type(x) as cast:
+        y: Tensor = LoraLinear.apply(
+            cast.reshape(-1, x.shape[-1]), weight, bias, a, b, scaling, dropout
+        )
+    return y.view(*x.shape[:-1], weight.shape[0])

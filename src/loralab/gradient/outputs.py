@@ -1,0 +1,82 @@
+"""What a training run leaves behind: the adapter or the model, and lines that can be taken back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loralab import durable
+from loralab.run import Run
+
+
+def save_trained(model: Any, tokenizer: Any, base: str, run: Run) -> Path:
+    """Write the adapter in PEFT's format to `adapter/`, or a model trained whole to `model/`.
+
+    An adapter whose start was taken out of the base's weights is written relative to the true
+    base, at twice the rank.
+
+    Raises:
+        UserError: the disk refused; the files before are untouched.
+    """
+    if not hasattr(model, "peft_config"):
+
+        def write_model(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        return publish(run.path / "model", write_model)
+
+    from loralab.adapters.extract import state_of
+    from loralab.adapters.true_base import base_changed
+
+    def write(folder: Path) -> None:
+        model.peft_config["default"].base_model_name_or_path = base
+        if base_changed(model):
+            state_of(model).save(folder)
+        else:
+            # "auto" would ask the hub for the base's vocabulary.
+            model.save_pretrained(folder, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)
+
+    return publish(run.adapter, write)
+
+
+def publish(directory: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a draft, then move its files over so that each appears whole."""
+    draft = directory.with_name(f"{durable.TEMPORARY_PREFIX}{directory.name}")
+    with durable.explain_os_errors(directory):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in sorted(draft.iterdir()):
+            sync(file)
+            os.replace(file, directory / file.name)
+        draft.rmdir()
+        durable.sync_folder(directory)
+    return directory
+
+
+def sync(file: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rewind(run: Run, step: int) -> None:
+    """Forget metrics and completions after `step`, and the last evaluation, before they are made
+    again."""
+    for name, rows in (
+        ("metrics.jsonl", run.metrics()),
+        ("completions.jsonl", run.completions()),
+    ):
+        kept = [r for r in rows if r.get("step", 0) <= step and r.get("phase") != "after"]
+        if len(kept) < len(rows):
+            run.write(name, "".join(json.dumps(row) + "\n" for row in kept))
