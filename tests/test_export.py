@@ -92,6 +92,35 @@ def test_merged_is_the_unmerged_model(kind: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 300.0},
+        {"rope_type": "linear", "factor": 3.0, "rope_theta": 300.0},
+    ],
+)
+def test_mlx_lm_reads_a_merged_model_as_transformers_does(
+    model: Any, rope: dict[str, Any], tmp_path: Path
+) -> None:
+    """Transformers 5 writes the rotary settings where mlx-lm does not look."""
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.utils import load_model
+
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = rope
+    made = tf.AutoModelForCausalLM.from_config(config).eval()
+    made.load_state_dict(model.state_dict())
+    name = save(made, tmp_path / "base")
+    tiny.adapter(made, seed=10).save(tmp_path / "adapter")
+    export(tmp_path / "adapter", "merged", tmp_path / "merged", name)
+    theirs, _ = load_model(tmp_path / "merged")
+    found = torch.tensor(theirs(mx.array([PROMPT]))[0].tolist())
+    expected = adapted(made, tmp_path / "adapter")
+    assert far(found, expected) < 1e-3
+    assert far(logits(load(tmp_path / "merged")), expected) < 1e-3
+    assert far(expected, adapted(model, tmp_path / "adapter")) > 0.1  # it matters here
+
+
 def test_merging_into_a_tied_head_leaves_the_embedding(tmp_path: Path) -> None:
     made = tied()
     name = save(made, tmp_path / "base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ def write_merged(model: Any, tokenizer: Any, directory: Path) -> None:
     model.config.dtype = first.dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
+    _repeat_rope(directory / "config.json")
     model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
@@ -95,6 +97,23 @@ def write_merged(model: Any, tokenizer: Any, directory: Path) -> None:
         if name not in tied
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _repeat_rope(path: Path) -> None:
+    """Write the rotary settings under their older names too.
+
+    Transformers 5 has them in `rope_parameters` alone. mlx-lm 0.32 reads `rope_theta`, and takes
+    10000 without a word if there is none: the model then answers, but not as itself.
+    """
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config.setdefault("rope_scaling", scaling)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _untie(model: Any, module: Any) -> None:
