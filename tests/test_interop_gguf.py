@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from ctypes import c_float
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +23,22 @@ gguf = pytest.importorskip("gguf")
 PROMPT = [0, 5, 17, 33, 9, 60, 21, 8]
 
 
+HEADS = {"q_proj": 4, "k_proj": 2}
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny.model("llama")
 
 
-@pytest.fixture(scope="module")
-def base(model: Any, tmp_path_factory: pytest.TempPathFactory) -> BaseShape:
-    path = tmp_path_factory.mktemp("base")
+def described(model: Any, path: Path) -> BaseShape:
     model.save_pretrained(path)
     return describe_base(str(path))
+
+
+@pytest.fixture(scope="module")
+def base(model: Any, tmp_path_factory: pytest.TempPathFactory) -> BaseShape:
+    return described(model, tmp_path_factory.mktemp("base"))
 
 
 def same(one: AdapterState, other: AdapterState) -> None:
@@ -42,10 +49,10 @@ def same(one: AdapterState, other: AdapterState) -> None:
             assert torch.equal(given.float(), made.float()), module
 
 
-def base_gguf(model: Any, base: BaseShape, path: Path) -> None:
-    """The tiny model itself as float32 GGUF without a vocabulary."""
-    config, heads = model.config, {"q_proj": 4, "k_proj": 2}
-    writer = gguf.GGUFWriter(path, "llama")
+def base_gguf(model: Any, path: Path, architecture: str = "llama") -> None:
+    """A tiny model itself as float32 GGUF without a vocabulary."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_context_length(config.max_position_embeddings)
@@ -58,12 +65,14 @@ def base_gguf(model: Any, base: BaseShape, path: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(16)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    [kind] = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
+    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
-        kind = name.split(".")[-2]
-        if kind in heads:
-            tensor = reorder(tensor, heads[kind])
-        writer.add_tensor(table.get_name(name, (".weight",)), tensor.contiguous().numpy())
+        module = name.split(".")[-2]
+        if architecture == "llama" and module in HEADS:
+            tensor = reorder(tensor, HEADS[module])
+        target = table.get_name(name, (".weight", ".bias"))
+        writer.add_tensor(target, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,19 +116,26 @@ def llama_logits(
     return torch.from_numpy(np.stack(rows))
 
 
-def test_llama_cpp_computes_what_peft_does(model: Any, base: BaseShape, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [("llama", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")],
+)
+def test_llama_cpp_computes_what_peft_does(kind: str, architecture: str, tmp_path: Path) -> None:
+    model = tiny.model(kind)
+    # llama.cpp knows no sliding window in Mistral: a prompt within it.
+    prompt = PROMPT[: tiny.WINDOW]
     state = tiny.adapter(model, seed=1)
-    base_gguf(model, base, tmp_path / "base.gguf")
-    write_gguf(state, tmp_path / "adapter.gguf", base)
+    base_gguf(model, tmp_path / "base.gguf", architecture)
+    write_gguf(state, tmp_path / "adapter.gguf", described(model, tmp_path / "base"))
     ours = tiny.PeftReference(model, {"one": state})
-    bare = llama_logits(tmp_path / "base.gguf", None, PROMPT, tiny.VOCABULARY)
+    bare = llama_logits(tmp_path / "base.gguf", None, prompt, tiny.VOCABULARY)
     adapted = llama_logits(
-        tmp_path / "base.gguf", tmp_path / "adapter.gguf", PROMPT, tiny.VOCABULARY
+        tmp_path / "base.gguf", tmp_path / "adapter.gguf", prompt, tiny.VOCABULARY
     )
-    expected = ours.logits("one", PROMPT)
-    assert (bare - ours.logits(None, PROMPT)).abs().max() < 1e-3
+    expected = ours.logits("one", prompt)
+    assert (bare - ours.logits(None, prompt)).abs().max() < 1e-3
     assert (adapted - expected).abs().max() < 1e-3
-    assert (expected - ours.logits(None, PROMPT)).abs().max() > 1  # the adapter does something
+    assert (expected - ours.logits(None, prompt)).abs().max() > 1  # the adapter does something
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -149,9 +165,35 @@ def test_another_models_adapter_is_refused(model: Any, base: BaseShape, tmp_path
 
 
 def test_not_an_adapter_is_refused(model: Any, base: BaseShape, tmp_path: Path) -> None:
-    base_gguf(model, base, tmp_path / "base.gguf")
+    base_gguf(model, tmp_path / "base.gguf")
     with pytest.raises(UserError, match=r"general.type None"):
         read_gguf(tmp_path / "base.gguf", base)
     (tmp_path / "junk.gguf").write_bytes(b"GGUF" + bytes(range(200)))
     with pytest.raises(UserError, match="cannot be read as GGUF"):
         read_gguf(tmp_path / "junk.gguf", base)
+
+
+def test_a_count_beyond_the_file_ends(base: BaseShape, tmp_path: Path) -> None:
+    """An array of 2^60 numbers in a file of a few bytes: refused, not read for ever."""
+    key = b"general.tags"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    array = struct.pack("<IIQ", 9, 4, 2**60)
+    (tmp_path / "a.gguf").write_bytes(header + struct.pack("<Q", len(key)) + key + array)
+    with pytest.raises(UserError, match="counts more than it holds"):
+        read_gguf(tmp_path / "a.gguf", base)
+
+
+def test_quantised_factors_are_refused(model: Any, base: BaseShape, tmp_path: Path) -> None:
+    write_gguf(tiny.adapter(model, seed=4), tmp_path / "a.gguf", base)
+    data = (tmp_path / "a.gguf").read_bytes()
+    name = b"blk.0.attn_q.weight.lora_a"
+    place = data.index(name) + len(name) + 4 + 16
+    for kind, said in ((24, "I8"), (0, None)):
+        (tmp_path / "b.gguf").write_bytes(
+            data[:place] + struct.pack("<I", kind) + data[place + 4 :]
+        )
+        if said is None:
+            read_gguf(tmp_path / "b.gguf", base)
+        else:
+            with pytest.raises(UserError, match=f"is {said}; expected F32"):
+                read_gguf(tmp_path / "b.gguf", base)
