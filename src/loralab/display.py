@@ -1,7 +1,8 @@
-"""A running search in the terminal: generation, reward, best completion, time left.
+"""A run in the terminal: generation or step, reward or loss, a completion, time left.
 
-In a terminal one live block is redrawn; anywhere else (a pipe, a log) each generation is one plain
-line. What a model wrote is shown as text only: never as markup, never as control characters.
+In a terminal one live block is redrawn; anywhere else (a pipe, a log) each generation or step is
+one plain line. What a model wrote is shown as text only: never as markup, never as control
+characters.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ from loralab.evolution.events import (
     Notice,
     Started,
 )
+from loralab.gradient.events import (
+    Answered,
+    Answering,
+    Remark,
+    StepDone,
+    TrainingEnded,
+    TrainingEvent,
+    TrainingStarted,
+)
 from loralab.report.text import duration, number, share, visible
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -31,7 +41,7 @@ LONGEST = 240
 
 
 class Display:
-    """Give it to `evolve` as `on_event`; use it as a context manager.
+    """Give it to `evolve` or `fine_tune` as `on_event`; use it as a context manager.
 
     console: where to draw. It goes to the error stream in the CLI, so that what a command prints
     can be piped.
@@ -44,6 +54,7 @@ class Display:
         self._last: GenerationDone | None = None
         self._flight: Generating | None = None
         self._rewards: list[float] = []
+        self._training = _Training()
 
     def __enter__(self) -> Display:
         if self._console.is_terminal:
@@ -63,8 +74,14 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: Event | TrainingEvent) -> None:
         match event:
+            case (
+                TrainingStarted() | StepDone() | Answering() | Answered() | Remark()
+                | TrainingEnded()
+            ):  # fmt: skip
+                for line in self._training.take(event, live=self._live is not None):
+                    self._say(line)
             case Started():
                 self._started = event
                 self._say(_opening(event))
@@ -90,6 +107,8 @@ class Display:
 
     def _block(self) -> RenderableType:
         started, last = self._started, self._last
+        if self._training.began:
+            return self._training.block()
         if started is None:
             return Text("loading the model …", style="dim")
         done = 0 if last is None else last.generation + 1
@@ -109,6 +128,104 @@ class Display:
     def _progress(self, done: int) -> float:
         flight = self._flight
         return done if flight is None or not flight.of else done + flight.done / flight.of
+
+
+class _Training:
+    """What is known of a fine-tuning run so far."""
+
+    def __init__(self) -> None:
+        self._started: TrainingStarted | None = None
+        self._last: StepDone | None = None
+        self._answered: Answered | None = None
+        self._answering: Answering | None = None
+        self._losses: list[float] = []
+
+    @property
+    def began(self) -> bool:
+        return self._started is not None or self._answering is not None
+
+    def take(self, event: TrainingEvent, live: bool) -> list[str]:
+        """Note an event; the lines to say about it."""
+        match event:
+            case TrainingStarted():
+                self._started = event
+                return [_training_opening(event)]
+            case StepDone():
+                self._last, self._answering = event, None
+                self._losses.append(event.loss)
+                return [] if live else [_step_line(event)]
+            case Answering():
+                self._answering = event
+                return []
+            case Answered():
+                self._answered, self._answering = event, None
+                return [_answered_line(event)]
+            case Remark():
+                return [visible(event.text)]
+            case TrainingEnded():
+                self._answering = None
+                return [] if event.complete else [f"stopped after {event.step} steps"]
+
+    def block(self) -> RenderableType:
+        started, last = self._started, self._last
+        if started is None:
+            return Text(self._asking() or "loading the model …", style="dim")
+        done = last.step if last is not None else started.resumed_at or 0
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(f"step {done}/{started.steps}", style="bold"),
+            ProgressBar(total=started.steps, completed=done, width=30),
+            Text("" if last is None else f"{duration(last.time_left)} left"),
+            Text("" if last is None else f"{last.tokens_per_second:,.0f} tokens/s", style="dim"),
+        )
+        parts: list[RenderableType] = [head]
+        if last is not None:
+            line = Text("loss ", style="dim")
+            line.append(f"{number(last.loss)}  ", style="bold")
+            line.append(sparkline(self._losses, 30), style="cyan")
+            line.append(f"  gradient {number(last.grad_norm)}", style="dim")
+            parts.append(line)
+        if self._answering is not None:
+            parts.append(Text(self._asking(), style="dim"))
+        if self._answered is not None:
+            parts.append(_answer_panel(self._answered))
+        return Group(*parts)
+
+    def _asking(self) -> str:
+        asked = self._answering
+        return "" if asked is None else f"answering held-out prompts: {asked.done}/{asked.of}"
+
+
+def _training_opening(event: TrainingStarted) -> str:
+    again = "" if event.resumed_at is None else f", resumed after step {event.resumed_at}"
+    return (
+        f"{event.model} on {event.task}: {event.rows:,} rows, {event.tokens:,} tokens of which "
+        f"{event.learned:,} learned, {event.parameters:,} parameters trained, "
+        f"{event.steps:,} steps{again}"
+    )
+
+
+def _step_line(event: StepDone) -> str:
+    return (
+        f"step {event.step}/{event.of}  loss {number(event.loss)}  gradient "
+        f"{number(event.grad_norm)}  lr {event.lr:.3g}  {event.tokens_per_second:,.0f} tokens/s  "
+        f"{duration(event.time_left)} left"
+    )
+
+
+def _answered_line(event: Answered) -> str:
+    who = "base" if event.step == 0 else f"step {event.step}"
+    correct = "" if event.correct is None else f"  correct {share(event.correct)}"
+    return f"{who}: held-out {number(event.reward)}{correct}  {_excerpt(event.completion, 60)!r}"
+
+
+def _answer_panel(event: Answered) -> RenderableType:
+    body = Text()
+    body.append(_excerpt(event.prompt, LONGEST) + "\n", style="dim")
+    body.append(_excerpt(event.completion, LONGEST) or "(empty)")
+    who = "the base" if event.step == 0 else f"step {event.step}"
+    title = Text(f"what {who} answers, held-out {number(event.reward)}")
+    return Panel(body, title=title, title_align="left", border_style="dim")
 
 
 def _opening(event: Started) -> str:

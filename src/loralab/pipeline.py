@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from loralab import config as configs
-from loralab.config import EvolveConfig
+from loralab.config import AnyConfig, EvolveConfig, SftConfig
 from loralab.errors import UserError
-from loralab.evolution.events import OnEvent
-from loralab.evolution.trainer import Result, evolve
+from loralab.evolution.events import Event, Notice
+from loralab.evolution.interrupt import Interrupt
 from loralab.report import build_report
 from loralab.run import Run
+
+if TYPE_CHECKING:
+    from loralab.gradient.events import TrainingEvent
+
+    OnEvent = Callable[[Event | TrainingEvent], None]
+
+
+class Result(Protocol):
+    """What every kind of run comes back with."""
+
+    @property
+    def complete(self) -> bool:
+        """False if it stopped at a signal and can be resumed."""
+        ...
 
 
 def default_directory(name: str) -> Path:
@@ -24,11 +40,11 @@ def default_directory(name: str) -> Path:
     return path
 
 
-def start(config: EvolveConfig, directory: Path, on_event: OnEvent) -> tuple[Run, Result]:
+def start(config: AnyConfig, directory: Path, on_event: OnEvent) -> tuple[Run, Result]:
     """Run a config in a new directory, to the report.
 
     Raises:
-        UserError: something the user can mend. If the search never began, the directory is
+        UserError: something the user can mend. If the run never began, the directory is
             removed again, so that the mended command can be repeated as it is.
     """
     existed = directory.exists()
@@ -36,14 +52,14 @@ def start(config: EvolveConfig, directory: Path, on_event: OnEvent) -> tuple[Run
     try:
         return run, _finish(config, run, on_event)
     except UserError:
-        if not run.journal_path.exists():
+        if not run.journal_path.exists() and not run.metrics():
             _discard(run, existed)
         raise
     finally:
         run.close()
 
 
-def resume(directory: Path, config: EvolveConfig | None, on_event: OnEvent) -> tuple[Run, Result]:
+def resume(directory: Path, config: AnyConfig | None, on_event: OnEvent) -> tuple[Run, Result]:
     """Continue the run in a directory. A config, if given, has to equal the one it started with.
 
     Raises:
@@ -55,10 +71,36 @@ def resume(directory: Path, config: EvolveConfig | None, on_event: OnEvent) -> t
         return run, _finish(stored, run, on_event)
 
 
-def _finish(config: EvolveConfig, run: Run, on_event: OnEvent) -> Result:
-    result = evolve(config, run, on_event)
+def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
+    result: Result
+    match config:
+        case EvolveConfig():
+            result = _evolve(config, run, on_event)
+        case SftConfig():
+            result = _fine_tune(config, run, on_event)
     build_report(run.path)
     return result
+
+
+def _evolve(config: EvolveConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.evolution.trainer import evolve
+
+    return evolve(config, run, on_event)
+
+
+def _fine_tune(config: SftConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.fine_tune import fine_tune
+    from loralab.gradient.sft import NonFiniteError
+
+    def said(name: str) -> None:
+        on_event(Notice(f"{name}: stopping after the step in flight; again to stop at once"))
+
+    with Interrupt(said) as interrupt:
+        try:
+            return fine_tune(config, run, on_event, lambda: interrupt.requested)
+        except NonFiniteError:
+            build_report(run.path)
+            raise
 
 
 def _discard(run: Run, existed: bool) -> None:

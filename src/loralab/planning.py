@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from loralab import tasks
-from loralab.config import EvolveConfig
+from loralab.config import AnyConfig, EvolveConfig, SftConfig
 
 
-def plan(config: EvolveConfig) -> list[str]:
+def plan(config: AnyConfig) -> list[str]:
     """Sizes of the run, one a line.
 
     Raises:
         UserError: the task or one of its options is wrong.
     """
+    match config:
+        case EvolveConfig():
+            return _plan_evolution(config)
+        case SftConfig():
+            return _plan_training(config)
+
+
+def _plan_evolution(config: EvolveConfig) -> list[str]:
     task = tasks.get(config.task.name, **config.task.options)
     train, test = len(task.examples("train")), len(task.examples("test"))
     evolution = config.evolution
@@ -23,4 +31,21 @@ def plan(config: EvolveConfig) -> list[str]:
         f"{evolution.generations} generations x {evolution.population} members x {prompts} prompts "
         f"= {completions:,} completions of up to {config.generation.max_new_tokens} tokens",
         f"held-out score on {held_out} examples every {evolution.eval_every} generations",
+    ]
+
+
+def _plan_training(config: SftConfig) -> list[str]:
+    from loralab.tasks.supervised import task_of
+
+    task, training, evaluation = task_of(config), config.training, config.evaluation
+    train, test = len(task.examples("train")), len(task.examples("test"))
+    rows = training.batch_size * training.grad_accumulation
+    length = f"{training.epochs:g} epochs" if training.steps is None else f"{training.steps} steps"
+    held_out = len(task.examples(evaluation.split)[: evaluation.limit])
+    between = "" if evaluation.every is None else f", and every {evaluation.every} steps"
+    return [
+        f"task {task.name}: {train} training and {test} test examples",
+        f"{length} of {rows} rows each, up to {training.max_length} tokens a row",
+        f"{held_out} {evaluation.split} examples answered before and after{between}, up to "
+        f"{config.generation.max_new_tokens} tokens each",
     ]

@@ -10,7 +10,8 @@ import torch
 
 from loralab.config import SftConfig
 from loralab.engines.batched import BatchedEngine
-from loralab.gradient.attention import attention_configs, named_attention
+from loralab.engines.attention import attention_configs
+from loralab.gradient.attention import named_attention
 from loralab.rollouts import Batch, Rollout, share_correct
 from loralab.tasks.base import Task
 

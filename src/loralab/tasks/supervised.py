@@ -6,12 +6,22 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+from loralab import tasks
+from loralab.config import SftConfig
 from loralab.data.sources import Row, read_rows
 from loralab.errors import UserError
-from loralab.tasks.base import Example, Message, Prompt, Score, Split
+from loralab.tasks.base import Example, Message, Prompt, Score, Split, Task
 from loralab.tasks.splits import cut, text_field
 
 Format = Literal["prompt_completion", "chat", "text"]
+
+
+def task_of(config: SftConfig) -> Task:
+    """The task that gives the rows: the config's, or its own data as one."""
+    if config.task is not None:
+        return tasks.get(config.task.name, **config.task.options)
+    assert config.data is not None
+    return tasks.get("supervised", seed=config.seed, **config.data.model_dump())
 
 
 class Supervised:
