@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -403,5 +404,7 @@ def test_distributed_data_parallel() -> None:
     try:
         parallel = nn.parallel.DistributedDataParallel(model)
         assert_close(results(model, x, weights, parallel), expected)
+        del parallel
+        gc.collect()  # before its group goes, or gloo's threads hang at exit
     finally:
         dist.destroy_process_group()
