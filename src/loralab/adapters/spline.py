@@ -42,16 +42,15 @@ BEND = 0.25
 
 
 def knot_positions(
-    count: int, k_min: float, k_max: float, like: Tensor | None = None, dtype: Any = None
+    count: int, k_min: float, k_max: float, device: torch.device | None = None
 ) -> Tensor:
-    """The uniform grid (count,) from k_min to k_max.
+    """The uniform grid (count,) from k_min to k_max, in fp32.
 
-    One multiplication and one addition each, so that every device rounds it alike: v = k has to
-    stay exact when an adapter made on one device runs on another.
+    One multiplication and one addition each, and always in fp32, so that it is rounded alike
+    everywhere: v = k has to stay exact on another device and in another type.
     """
-    device = None if like is None else like.device
     step = (k_max - k_min) / (count - 1)
-    return torch.arange(count, dtype=dtype or torch.float32, device=device) * step + k_min
+    return torch.arange(count, dtype=torch.float32, device=device) * step + k_min
 
 
 def spline(
@@ -74,7 +73,7 @@ def spline(
     if boundary == "clamp":
         x = x.clamp(k_min, k_max)
     count = values.shape[0]
-    knots = knot_positions(count, k_min, k_max, like=z, dtype=work)
+    knots = knot_positions(count, k_min, k_max, z.device)
     # Against the grid as the values' own type can hold it, so that v = k is exact in bf16 too.
     deviation = values.to(work) - knots.to(values.dtype).to(work)
     slope = deviation.diff() * ((count - 1) / (k_max - k_min))
@@ -91,15 +90,33 @@ def spline(
 def soft_spline(z: Tensor, values: Tensor, k_min: float, k_max: float) -> Tensor:
     """The values averaged with weights softmax_j(-((z - k_j) / step)^2), elementwise.
 
-    Smooth, but NOT the identity at v = k: it flattens out beyond the grid and ripples within, by
-    up to some 5 % of the step. An adapter that starts so is not plain LoRA at the start.
+    Smooth, but NOT the identity at v = k: it flattens towards the ends of the grid (at an end knot
+    it is off by 0.3 of a step) and is constant beyond. An adapter that starts so is not plain LoRA.
     """
     work = torch.promote_types(z.dtype, torch.float32)
     count = values.shape[0]
-    knots = knot_positions(count, k_min, k_max, like=z, dtype=work)
+    knots = knot_positions(count, k_min, k_max, z.device)
     distance = (z.to(work).unsqueeze(-1) - knots) * ((count - 1) / (k_max - k_min))
     weights = torch.softmax(-distance.square(), dim=-1)
-    return (weights @ values.to(work)).to(z.dtype)
+    return (weights * values.to(work)).sum(-1).to(z.dtype)
+
+
+class OutsideCount:
+    """How many of a spline's inputs fell outside its grid, on their device until asked."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._outside: Tensor | int = 0
+
+    @torch.no_grad()
+    def add(self, x: Tensor, k_min: float, k_max: float) -> None:
+        self.seen += x.numel()
+        self._outside = self._outside + ((x < k_min) | (x > k_max)).sum()
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1; NaN if nothing was seen."""
+        return int(self._outside) / self.seen if self.seen else float("nan")
 
 
 class LoraSpline(nn.Module):
@@ -128,6 +145,7 @@ class LoraSpline(nn.Module):
         self.register_parameter("gate", None)
         if config.gated:
             self.gate = nn.Parameter(torch.zeros(1))
+        self.outside: OutsideCount | None = None
         penalise(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -137,13 +155,17 @@ class LoraSpline(nn.Module):
     def knots(self) -> Tensor:
         """The grid (num_knots,), in the type of the values."""
         count = self.values.shape[0]
-        return knot_positions(count, self.k_min, self.k_max, self.values).to(self.values.dtype)
+        return knot_positions(count, self.k_min, self.k_max, self.values.device).to(
+            self.values.dtype
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         """o phi(i z), or (1 - g) z + g o phi(i z) if gated; the shape and type of z."""
         kept = z.to(torch.promote_types(z.dtype, torch.float32))
         x = torch.tanh(kept) if self.normalize == "tanh" else kept
         x = self.input_scale * x
+        if self.outside is not None:
+            self.outside.add(x, self.k_min, self.k_max)
         if self.interpolation_method == "soft":
             out = soft_spline(x, self.values, self.k_min, self.k_max)
         else:
