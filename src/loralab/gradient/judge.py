@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from loralab.config import SftConfig
-from loralab.engines.batched import BatchedEngine
 from loralab.engines.attention import attention_configs
+from loralab.engines.batched import BatchedEngine
 from loralab.gradient.attention import named_attention
 from loralab.rollouts import Batch, Rollout, share_correct
 from loralab.tasks.base import Task
