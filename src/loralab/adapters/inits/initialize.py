@@ -1,0 +1,144 @@
+"""`initialize(peft_model, "name", **options)`: start an adapter again, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from peft import PeftModel
+
+from loralab.adapters.inits.base import Context, Facts, InitStrategy, LoraInit, WholeModel
+from loralab.adapters.inits.progressive import stop_rising
+from loralab.adapters.inits.scene import Scene, Site
+from loralab.adapters.true_base import base_changed, memory_of, owner, restore
+from loralab.errors import UserError
+from loralab.registry import INITS
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """What an initialisation did.
+
+    relative_size: ||s B A||_F / ||W||_F by module, W the true base's.
+    figures: what it measured while it fitted, the mean over modules (see the class's docstring).
+    by_module: the same by module.
+    changed_base: whether a disabled adapter is not the base model any more.
+    """
+
+    name: str
+    adapter: str
+    relative_size: Mapping[str, float]
+    figures: Mapping[str, float] = field(default_factory=dict)
+    by_module: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    changed_base: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def initialize(
+    model: PeftModel,
+    name: str,
+    *,
+    adapter: str = "default",
+    seed: int = 0,
+    tokenizer: Any = None,
+    texts: Sequence[str] | str | Path = (),
+    max_tokens: int = 512,
+    **options: Any,
+) -> InitReport:
+    """Set the factors of a PEFT model's adapter, in place.
+
+    Args:
+        model: what `peft.get_peft_model` returned, with a LoRA (or LSLORA, SINELORA) adapter.
+        name: one of `loralab inits`; `options` are its keyword arguments.
+        seed: every module draws from its own stream of (seed, module name).
+        tokenizer, texts: for those that look at text. A path is a file with one text a line.
+            A quarter of the texts is held out of the fit.
+        max_tokens: of each text.
+
+    An earlier initialisation of the same adapter is undone first: weights it changed come back, a
+    scaling that was to rise is at its target.
+
+    Raises:
+        UserError: an unknown name or option, something it needs is missing, or it cannot run on
+            this model (a quantised base, a module that is not linear). Nothing has changed then.
+
+    Example:
+        >>> initialize(model, "orthogonal", seed=1)  # doctest: +SKIP
+    """
+    strategy = INITS.create(name, options)
+    scene = Scene(model, adapter, seed, tokenizer, _read(texts), max_tokens, asked_by=name)
+    check(strategy.facts, name, scene.sites)
+    if owner(model) not in (None, adapter):
+        raise UserError(f"{name}: adapter {owner(model)!r} rests on weights it changed; delete it")
+    restore(model)
+    stop_rising(model)
+    by_module: dict[str, Mapping[str, float]] = {}
+    try:
+        if isinstance(strategy, WholeModel):
+            figures: Mapping[str, float] = strategy.apply(scene)
+        else:
+            by_module = _module_by_module(strategy, scene)
+            figures = _means(by_module.values())
+    except Exception:
+        restore(model)
+        raise
+    sizes = {site.name: _relative_size(site) for site in scene.sites}
+    return InitReport(name, adapter, sizes, dict(figures), by_module, base_changed(model))
+
+
+def check(facts: Facts, name: str, sites: Iterable[Site]) -> None:
+    """Refuse, before anything is computed, what an initialisation cannot run on.
+
+    Raises:
+        UserError: the base is quantised and the initialisation changes or reads full weights.
+    """
+    if facts.quantized:
+        return
+    for site in sites:
+        if site.quantized is not None:
+            raise UserError(
+                f"{name} cannot start on a quantised base ({site.name} is {site.quantized}): it "
+                "needs or changes the full weights; use zero_b, eva, loftq or quantization_match, "
+                "or load the base in bfloat16"
+            )
+
+
+def _module_by_module(strategy: InitStrategy, scene: Scene) -> dict[str, Mapping[str, float]]:
+    """Every start is made before the first is set: an error half-way changes nothing."""
+    made: list[tuple[Site, LoraInit]] = []
+    for site in scene.sites:
+        init = strategy(site.weight(), site.rank, scene.generator(site.name), Context(site, scene))
+        made.append((site, init))
+    for site, init in made:
+        site.set(init.A, init.B)
+        if init.correction is not None:
+            site.correct(init.correction)
+    return {site.name: init.figures for site, init in made if init.figures}
+
+
+def _means(figures: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    rows = list(figures)
+    return {key: fmean(row[key] for row in rows) for key in (rows[0] if rows else {})}
+
+
+def _relative_size(site: Site) -> float:
+    memory = memory_of(site.layer)
+    weight = site.weight() if memory is None else memory.weight.float()
+    change = (site.B.detach().float() @ site.A.detach().float()) * site.scaling
+    return float(change.norm() / weight.norm().clamp_min(1e-30))
+
+
+def _read(texts: Sequence[str] | str | Path) -> tuple[str, ...]:
+    if isinstance(texts, str | Path):
+        try:
+            lines = Path(texts).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"texts: {texts}: {error.strerror}") from error
+        return tuple(line for line in lines if line.strip())
+    return tuple(texts)

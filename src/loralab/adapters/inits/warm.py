@@ -1,0 +1,50 @@
+"""Factors of an adapter that is there already, at the rank and scaling of a new one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from loralab.adapters.inits.blind import kaiming
+from loralab.adapters.state import Factors
+
+
+def resized(
+    old: Factors, old_scaling: float, rank: int, scaling: float, generator: Generator
+) -> tuple[Factors, float]:
+    """scaling * B A nearest to old_scaling * B_old A_old at `rank`, and the energy it keeps.
+
+    The same rank keeps the factors themselves, so nothing is lost. A higher one adds rows of A
+    drawn as PEFT does and zero columns of B, which changes nothing and gives them a start. A lower
+    one is the truncated SVD of the product, through QR of the factors (never out x in), with its
+    size split evenly.
+    """
+    a, b = old.A.float(), old.B.float()
+    ratio = old_scaling / scaling
+    if rank == a.shape[0]:
+        return Factors(a, b * ratio), 1.0
+    if rank > a.shape[0]:
+        more = rank - a.shape[0]
+        a_more = kaiming(more, a.shape[1], generator)
+        return Factors(torch.cat([a, a_more], 0), _widened(b * ratio, more)), 1.0
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T)
+    share = (s[:rank] * abs(ratio)).sqrt()
+    sign = 1 if ratio > 0 else -1
+    kept = padded(share[:, None] * (vt[:rank] @ q_a.T), q_b @ u[:, :rank] * (share * sign), rank)
+    size = float(s.norm())
+    return kept, 1.0 if size == 0 else (float(s[:rank].norm()) / size) ** 2
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> Factors:
+    """Zero rows of A and columns of B where a module is narrower than the rank."""
+    short = rank - a.shape[0]
+    if short > 0:
+        a = torch.cat([a, a.new_zeros(short, a.shape[1])], 0)
+        b = _widened(b, short)
+    return Factors(a, b)
+
+
+def _widened(b: Tensor, columns: int) -> Tensor:
+    return torch.cat([b, b.new_zeros(b.shape[0], columns)], 1)
