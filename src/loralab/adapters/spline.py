@@ -130,7 +130,7 @@ class LoraSpline(nn.Module):
 
     def __init__(self, config: LSLoraConfig) -> None:
         super().__init__()
-        self.k_min, self.k_max = config.k_min, config.k_max
+        self.num_knots, self.k_min, self.k_max = config.num_knots, config.k_min, config.k_max
         self.boundary, self.normalize = config.boundary, config.normalize
         self.interpolation_method = config.interpolation_method
         self.reg_weight = config.spline_reg_weight
@@ -154,10 +154,8 @@ class LoraSpline(nn.Module):
 
     def knots(self) -> Tensor:
         """The grid (num_knots,), in the type of the values."""
-        count = self.values.shape[0]
-        return knot_positions(count, self.k_min, self.k_max, self.values.device).to(
-            self.values.dtype
-        )
+        grid = knot_positions(self.num_knots, self.k_min, self.k_max, self.values.device)
+        return grid.to(self.values.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
         """o phi(i z), or (1 - g) z + g o phi(i z) if gated; the shape and type of z."""

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from loralab.adapters.spline import LoraSpline, OutsideCount
-from loralab.adapters.spline_penalty import spline_regularizer
+from loralab.adapters.spline_penalty import spline_regularizer, whole
 from loralab.errors import UserError
 
 
@@ -53,16 +53,16 @@ def spline_diagnostics(model: nn.Module, adapter: str = "default") -> dict[str, 
 
 
 def _measure(own: LoraSpline) -> dict[str, float]:
-    values, knots = own.values.double(), own.knots().double()
+    values, knots = whole(own.values).double(), own.knots().double()
     slopes = values.diff() / knots.diff()
     measured = {
         "deviation": float((values - knots).abs().mean()),
         "slope_variance": float(slopes.var(correction=0)),
-        "input_scale": float(own.input_scale),
-        "output_scale": float(own.output_scale),
+        "input_scale": float(whole(own.input_scale)),
+        "output_scale": float(whole(own.output_scale)),
     }
     if own.gate is not None:
-        measured["gate"] = float(own.gate)
+        measured["gate"] = float(whole(own.gate))
     if own.outside is not None:
         measured["outside"] = own.outside.share
     return measured

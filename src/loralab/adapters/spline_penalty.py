@@ -9,10 +9,11 @@ minimises (the trainer's loss) + R, with exactly one R a step, whatever the trai
 - mixed precision: it is added after a GradScaler has unscaled the gradients;
 - several processes: after they have averaged gradients, the same on each;
 - nothing is added where no gradient came (an inactive or frozen adapter).
-Not covered: it comes after gradient clipping, so the logged gradient norm is without it; an
-optimiser that evaluates a closure (L-BFGS) or holds flattened copies of the parameters
-(DeepSpeed ZeRO, FSDP 1) never sees it. There, set spline_reg_weight = 0 and add
-`spline_regularizer(model, weight=...)` to your own loss.
+It comes after gradient clipping, so the logged gradient norm is without it.
+
+Not covered: an optimiser that evaluates a closure (L-BFGS), and one that holds flattened shards
+in the place of the parameters (DeepSpeed ZeRO, FSDP 1; FSDP 2 is covered). There, add
+`spline_regularizer(model)` to your own loss.
 
 Weight decay on the values pulls towards 0, not the identity: leave it at 0, or keep the splines
 out of it.
@@ -25,6 +26,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
@@ -51,9 +53,15 @@ def spline_regularizer(
         if splines is not None and adapter in splines:
             own = splines[adapter]
             share = own.reg_weight if weight is None else weight
-            mean = (own.values - own.knots()).float().square().mean()
+            values = whole(own.values)
+            mean = (values - own.knots()).float().square().mean()
             total = total.to(mean.device) + share * mean
     return total
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, also where FSDP 2 has sharded it."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
@@ -67,7 +75,15 @@ def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         values = spline.values
         if values.grad is None or id(values) not in trained or spline.reg_weight == 0:
             continue
-        pull = (values - spline.knots()) * (2 * spline.reg_weight / values.numel())
+        knots = spline.knots()
+        if isinstance(values, DTensor):
+            # Every process knows the whole grid: nothing to send.
+            knots = distribute_tensor(
+                knots, values.device_mesh, values.placements, src_data_rank=None
+            )
+        elif values.shape != knots.shape:
+            continue  # a flattened shard, of which nobody says where it starts
+        pull = (values - knots) * (2 * spline.reg_weight / spline.num_knots)
         values.grad.add_(pull if scale is None else pull * scale)
 
 
