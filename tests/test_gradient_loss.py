@@ -1,4 +1,4 @@
-"""The fast step is the stock step: the same loss and gradients, padded or not, head whole or not."""
+"""The fast step is the stock step: same loss, same gradients, padded or not, head whole or not."""
 
 from __future__ import annotations
 

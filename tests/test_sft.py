@@ -121,7 +121,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
 
 def test_what_a_run_leaves_behind(folder: Path, tmp_path: Path) -> None:
     config = config_for(folder, training={"steps": 30, "lr": 2e-2})
-    result, run = run_it(tmp_path / "run", config)
+    _, run = run_it(tmp_path / "run", config)
     metrics, completions = run.metrics(), run.completions()
     assert [row["step"] for row in metrics] == [0, *range(1, 31), 30]
     assert metrics[-2]["loss"] < 0.7 * metrics[1]["loss"]

@@ -13,6 +13,7 @@ from loralab.config import load
 from loralab.display import Display
 from loralab.report.summary import summarise
 from loralab.report.text import change, duration, is_number, share
+from loralab.report.training import summarise_training
 from loralab.run import Run
 from loralab.timings import Timings
 
@@ -51,8 +52,10 @@ def before_after(run: Run) -> str:
 
     Training reward is the population's mean on the training prompts, in the first and the last
     generation; held-out numbers are the unperturbed adapter's, before generation 0 and at the
-    generation whose adapter was kept.
+    generation whose adapter was kept. Of a fine-tuning run: loss and held-out scores.
     """
+    if run.config.get("kind") == "sft":
+        return summarise_training(run).line()
     summary = summarise(run)
     parts = [f"training reward {change(summary.reward.before, summary.reward.after)}"]
     if is_number(summary.held_out.before):

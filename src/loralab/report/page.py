@@ -17,7 +17,9 @@ from markupsafe import Markup
 
 from loralab import durable
 from loralab.report import plots, text
+from loralab.report.chart import Chart
 from loralab.report.summary import Change, Pair, Summary, summarise
+from loralab.report.training import TrainingSummary, summarise_training, training_charts
 from loralab.run import Run
 
 OPEN_EXAMPLES = 8
@@ -79,25 +81,77 @@ def render(views: list[dict[str, Any]]) -> str:
 
 def view_of(run: Run) -> dict[str, Any]:
     """What the template shows of one run."""
+    if run.config.get("kind") == "sft":
+        return _training_view(run)
     summary = summarise(run)
-    tone, verdict = summary.verdict()
-    pairs = summary.pairs[:MOST_EXAMPLES]
+    kept = summary.best_generation
+    notices = []
+    if not summary.finished:
+        notices.append(
+            f"Unfinished: {summary.generations} of {summary.planned} generations so far."
+        )
+    if summary.failed:
+        notices.append(
+            f"{text.number(summary.failed)} completions could not be generated or scored; they "
+            "got the lowest reward."
+        )
+    if kept is not None and kept != summary.metrics[-1]["generation"]:
+        notices.append(
+            f"The adapter kept is that of generation {kept}, the best by held-out score."
+        )
+    return {
+        **_common(run, "generation", summary.verdict(), summary.pairs, plots.charts(summary)),
+        "notices": notices,
+        "tiles": _tiles(summary),
+        "timings": summary.timings,
+        "samples": _spread(summary.training_samples, MOST_SAMPLES),
+        "samples_in_all": len(summary.training_samples),
+    }
+
+
+def _training_view(run: Run) -> dict[str, Any]:
+    summary = summarise_training(run)
+    notices = []
+    if not summary.finished:
+        of = "" if summary.planned is None else f" of {summary.planned}"
+        notices.append(f"Unfinished: {summary.done}{of} steps so far.")
+    if summary.cut:
+        notices.append(
+            f"{text.number(summary.cut)} training rows are longer than max_length and lost their "
+            "end, end token included."
+        )
+    if summary.failed:
+        notices.append(f"{text.number(summary.failed)} completions failed.")
+    return {
+        **_common(run, "step", summary.verdict(), summary.pairs, training_charts(summary)),
+        "notices": notices,
+        "tiles": _training_tiles(summary),
+        "timings": summary.timings,
+        "samples": [],
+        "samples_in_all": 0,
+    }
+
+
+def _common(
+    run: Run,
+    unit: str,
+    verdict: tuple[str, str],
+    pairs: Sequence[Pair],
+    charts: Sequence[Chart],
+) -> dict[str, Any]:
+    """unit: what the run's history is counted in."""
+    shown = pairs[:MOST_EXAMPLES]
     return {
         "name": str(run.config.get("name") or run.path.resolve().name),
         "subtitle": _subtitle(run.config),
-        "tone": tone,
-        "verdict": verdict,
-        "summary": summary,
-        "tiles": _tiles(summary),
-        "charts": [
-            # Safe: matplotlib escapes the few labels that come from files.
-            plots.Chart(c.name, c.alt, c.caption, Markup(c.svg), c.png)
-            for c in plots.charts(summary)
-        ],
-        "open_pairs": [_pair_view(pair, MOST_STEPS) for pair in pairs[:OPEN_EXAMPLES]],
-        "more_pairs": [_pair_view(pair, MOST_STEPS // 2) for pair in pairs[OPEN_EXAMPLES:]],
-        "left_out": len(summary.pairs) - len(pairs),
-        "samples": _spread(summary.training_samples, MOST_SAMPLES),
+        "unit": unit,
+        "tone": verdict[0],
+        "verdict": verdict[1],
+        # Safe: matplotlib escapes the few labels that come from files.
+        "charts": [Chart(c.name, c.alt, c.caption, Markup(c.svg), c.png) for c in charts],
+        "open_pairs": [_pair_view(pair, MOST_STEPS, unit) for pair in shown[:OPEN_EXAMPLES]],
+        "more_pairs": [_pair_view(pair, MOST_STEPS // 2, unit) for pair in shown[OPEN_EXAMPLES:]],
+        "left_out": len(pairs) - len(shown),
         "findings": run.findings(),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": _flat(run.environment()),
@@ -143,19 +197,48 @@ def _tiles(summary: Summary) -> list[dict[str, str]]:
     ]
 
 
+def _training_tiles(summary: TrainingSummary) -> list[dict[str, str]]:
+    speed = summary.tokens_per_second
+    return [
+        {
+            "label": "Held-out correct",
+            "value": _shares(summary.correct),
+            "note": f"{len(summary.pairs)} examples, base → trained",
+        },
+        {
+            "label": "Held-out reward",
+            "value": text.change(summary.held_out.before, summary.held_out.after),
+            "note": "base → trained",
+        },
+        {
+            "label": "Loss",
+            "value": text.change(summary.loss.before, summary.loss.after),
+            "note": f"first and last tenth of {summary.done} steps",
+        },
+        {"label": "Time", "value": text.duration(summary.seconds), "note": "all of it"},
+        {
+            "label": "Tokens per second",
+            "value": text.number(None if speed is None else round(speed)),
+            "note": f"trained, median; {text.number(summary.tokens)} in all",
+        },
+        {"label": "Kernel", "value": summary.kernel or text.MISSING, "note": "of the answers"},
+    ]
+
+
 def _shares(change: Change) -> str:
     if change.before is None and change.after is None:
         return text.MISSING
     return f"{text.share(change.before)} → {text.share(change.after)}"
 
 
-def _pair_view(pair: Pair, steps: int) -> dict[str, Any]:
+def _pair_view(pair: Pair, steps: int, unit: str) -> dict[str, Any]:
     after = pair.after
     label = "After"
     if after is not None and after.get("phase") != "after":
-        label = f"Latest, generation {after.get('generation')}"
+        label = f"Latest, {unit} {after.get('generation')}"
     return {
         "example": pair.example,
+        "unit": unit,
         "prompt": text.prompt_text(pair.prompt),
         "gold": pair.gold,
         "sides": [("Before", pair.before), (label, after)],

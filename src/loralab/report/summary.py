@@ -76,14 +76,7 @@ class Summary:
     @property
     def reward_changes(self) -> tuple[float, ...]:
         """Change of reward of each held-out example that has a completion at both ends."""
-        return tuple(
-            pair.after["reward"] - pair.before["reward"]
-            for pair in self.pairs
-            if pair.before
-            and pair.after
-            and is_number(pair.before.get("reward"))
-            and is_number(pair.after.get("reward"))
-        )
+        return reward_changes(self.pairs)
 
     @property
     def better_worse(self) -> str | None:
@@ -97,11 +90,7 @@ class Summary:
     @property
     def within_noise(self) -> bool:
         """Whether the mean paired change is under two standard errors: it may be chance."""
-        changes = self.reward_changes
-        if len(changes) < 2:
-            return False
-        error = statistics.stdev(changes) / math.sqrt(len(changes))
-        return abs(statistics.fmean(changes)) < 2 * error
+        return within_noise(self.pairs)
 
     def verdict(self) -> tuple[Tone, str]:
         """One or two sentences for the top of the page, and their tone."""
@@ -137,6 +126,27 @@ class Summary:
             else:
                 said += f" Correct answers stayed at {after}."
         return tone, said
+
+
+def reward_changes(pairs: Sequence[Pair]) -> tuple[float, ...]:
+    """Change of reward of each example that has a completion at both ends."""
+    return tuple(
+        pair.after["reward"] - pair.before["reward"]
+        for pair in pairs
+        if pair.before
+        and pair.after
+        and is_number(pair.before.get("reward"))
+        and is_number(pair.after.get("reward"))
+    )
+
+
+def within_noise(pairs: Sequence[Pair]) -> bool:
+    """Whether the mean paired change of reward is under two standard errors."""
+    changes = reward_changes(pairs)
+    if len(changes) < 2:
+        return False
+    error = statistics.stdev(changes) / math.sqrt(len(changes))
+    return abs(statistics.fmean(changes)) < 2 * error
 
 
 def summarise(run: Run) -> Summary:
@@ -176,12 +186,12 @@ def summarise(run: Run) -> Summary:
         generations=len(steps),
         planned=planned if isinstance(planned, int) else None,
         seconds=total,
-        seconds_per_generation=_median(metrics, "seconds"),
-        tokens_per_second=_median(metrics, "tokens_per_second"),
+        seconds_per_generation=median(metrics, "seconds"),
+        tokens_per_second=median(metrics, "tokens_per_second"),
         kernel=None if kernel is None else str(kernel),
         failed=sum(row["failed"] for row in metrics if _is_index(row, "failed")),
         timings=tuple(table),
-        pairs=tuple(_pair_up(completions)),
+        pairs=tuple(pair_up(completions)),
         training_samples=tuple(row for row in completions if row.get("split") == "train"),
     )
 
@@ -191,7 +201,8 @@ def _by_generation(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [latest[generation] for generation in sorted(latest)]
 
 
-def _pair_up(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+def pair_up(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
+    """Completions of held-out examples, one pair an example."""
     examples: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("split") != "train":
@@ -219,7 +230,8 @@ def _get(row: Mapping[str, Any], key: str) -> float | None:
     return float(value) if is_number(value) else None  # type: ignore[arg-type]
 
 
-def _median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+def median(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """Of the rows where the key holds a number; None where none does."""
     values = [row[key] for row in rows if is_number(row.get(key))]
     return float(statistics.median(values)) if values else None
 
