@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 from loralab.adapters.peft_types import register_when_imported
 
 if TYPE_CHECKING:
+    from loralab.adapters.inits import initialize
     from loralab.adapters.sine import SineLoraConfig
     from loralab.adapters.spline import LSLoraConfig
 
-__all__ = ["LSLoraConfig", "SineLoraConfig"]
+__all__ = ["LSLoraConfig", "SineLoraConfig", "initialize"]
 
 _HOME = {
     "LSLoraConfig": "loralab.adapters.spline",
     "SineLoraConfig": "loralab.adapters.sine",
+    "initialize": "loralab.adapters.inits",
 }
 
 register_when_imported()
