@@ -270,14 +270,16 @@ def test_regulariser_counts_once_a_step_under_sft_trainer(tmp_path: Any) -> None
         torch.testing.assert_close(found[0][name] - found[1][name], pull, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_regulariser_counts_once_with_a_scaler_and_on_a_copy(copied: bool) -> None:
+@pytest.mark.parametrize(("copied", "fused"), [(False, False), (True, False), (False, True)])
+def test_regulariser_counts_once_with_a_scaler_and_on_a_copy(copied: bool, fused: bool) -> None:
     found = []
     for weight in (0.0, 0.5):
         model = adapted(spline_reg_weight=weight)
         bend(model)
         model = copy.deepcopy(model) if copied else model
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        # A fused optimiser unscales by itself, within its step.
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
         scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
         scaler.step(optimizer)
