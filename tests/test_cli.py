@@ -211,6 +211,17 @@ def test_tasks_are_listed_and_proved(capsys: Any) -> None:
     assert "train: sound; 5 gold answers of 5" in capsys.readouterr().out
 
 
+def test_initialisations_are_listed_with_their_facts(capsys: Any) -> None:
+    assert main(["inits"]) == 0
+    text = capsys.readouterr().out
+    assert "pissa\n    s·BA = the r largest" in text
+    assert "refused before training" in text
+    assert main(["inits", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["pissa"]["changes_base"] is True
+    assert facts["zero_b"]["unchanged"] == "exactly"
+
+
 def test_a_broken_task_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from loralab.tasks.conciseness import Conciseness
 

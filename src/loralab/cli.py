@@ -129,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--modules", action="store_true", help="every module, not only layers")
     weights.add_argument("--json", action="store_true")
 
+    inits = add("inits", _inits, "the initialisations there are: formula, source, cost, needs")
+    inits.add_argument("--json", action="store_true")
+
     tasks = add("tasks", _tasks, "the tasks there are; `tasks check NAME` proves one's grader")
     below = tasks.add_subparsers(metavar="check")
     check = below.add_parser("check", help="gold answers must score full marks, others less")
@@ -336,6 +339,24 @@ def _weights(arguments: argparse.Namespace) -> int:
         print(f"outlier: {outlier}")
     if not report.outliers:
         print("no module is out of proportion")
+    return 0
+
+
+def _inits(arguments: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from loralab.registry import INITS
+
+    facts = {name: asdict(INITS.load(name).facts) for name in INITS.names()}
+    if arguments.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return 0
+    for name, row in facts.items():
+        quantized = "yes" if row["quantized"] else "no, refused before training"
+        print(f"{name}\n    {row['formula']}\n    source: {row['source']}")
+        print(f"    unchanged at step 0: {row['unchanged']}; on nf4 / int8: {quantized}")
+        print(f"    cost: {row['cost']}; needs: {row['needs']}")
     return 0
 
 
