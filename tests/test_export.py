@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from loralab.adapters.delta import low_rank_delta, tuned_delta
 from loralab.adapters.interop.merged import merge
 from loralab.adapters.state import AdapterState
 from loralab.errors import UserError
-from loralab.export import export
+from loralab.export import FITTED_ON, PROMPTS, export
 
 PROMPT = [0, 5, 17, 33, 9, 60, 21, 8]
 
@@ -139,6 +140,15 @@ def test_merging_into_a_tied_head_leaves_the_embedding(tmp_path: Path) -> None:
     assert any("no longer shares" in line for line in result.lines)
 
 
+def test_a_tied_head_has_no_name_elsewhere(tmp_path: Path) -> None:
+    made = tied()
+    name = save(made, tmp_path / "base")
+    tiny.adapter(made, seed=4, names=["lm_head"]).save(tmp_path / "head")
+    for to in ("mlx", "gguf"):
+        with pytest.raises(UserError, match="shares it with the embedding"):
+            export(tmp_path / "head", to, tmp_path / "made.gguf", name)
+
+
 @torch.no_grad()
 def low_rank_head(model: Any, adapter: Path) -> torch.Tensor:
     """B A x of the head's adapter: PEFT itself warns about and mishandles tied heads."""
@@ -226,8 +236,19 @@ def test_nonlinear_needs_approximate(
 ) -> None:
     nonlinear(model, copy.deepcopy(config), tmp_path / "adapter")
     with pytest.raises(UserError, match=r"not linear in B A.*--approximate"):
-        export(tmp_path / "adapter", to, tmp_path / "made", base)
-    assert not (tmp_path / "made").exists()
+        export(tmp_path / "adapter", to, tmp_path / "made.gguf", base)
+    assert not (tmp_path / "made.gguf").exists()
+
+
+@torch.no_grad()
+def divergence(original: Any, other: Any) -> float:
+    """KL(original || other) in nats, over all tokens of the export's prompts."""
+    rows = []
+    for text in PROMPTS:
+        ids = torch.tensor([tiny.tokenizer()(text)["input_ids"]])
+        p, q = (torch.distributions.Categorical(logits=m(ids).logits[0]) for m in (original, other))
+        rows.append(torch.distributions.kl_divergence(p, q))
+    return float(torch.cat(rows).mean())
 
 
 def test_sine_at_full_rank_is_exact_and_at_low_rank_says_the_error(
@@ -238,6 +259,8 @@ def test_sine_at_full_rank_is_exact_and_at_low_rank_says_the_error(
     assert far(adapted(model, tmp_path / "full"), logits(made)) < 1e-3
     assert full.fidelity["kl"] < 1e-6
     low = export(tmp_path / "adapter", "peft", tmp_path / "low", base, 8, approximate=True)
+    reduced = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "low").eval()
+    assert low.fidelity["kl"] == pytest.approx(divergence(made, reduced), rel=1e-2)
     assert low.fidelity["kl"] > 1e-3
     kept = low.fidelity["energy"]["model.layers.0.self_attn.q_proj"]
     layer = made.base_model.model.model.layers[0].self_attn.q_proj
@@ -269,6 +292,27 @@ def test_bent_spline_loses_and_says_so(model: Any, base: str, tmp_path: Path) ->
     assert result.fidelity["kl"] > 1e-4
     assert all(0 < error < 1 for error in result.fidelity["error"].values())
     assert far(adapted(model, tmp_path / "made"), logits(made)) < far(logits(model), logits(made))
+
+
+@torch.no_grad()
+def test_a_splines_gain_is_its_least_squares_slope(model: Any, base: str, tmp_path: Path) -> None:
+    """Against a regression on what the layer's own input gives."""
+    made = nonlinear(model, copy.deepcopy(SPLINE), tmp_path / "adapter")
+    name = "model.layers.1.mlp.gate_proj"
+    layer = made.base_model.model.get_submodule(name)
+    inputs: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0]))
+    for text in FITTED_ON:
+        made(torch.tensor([tiny.tokenizer()(text)["input_ids"]]))
+    handle.remove()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    z = torch.cat(inputs) @ a.t() @ b.t() * 1.5
+    f = layer.lora_spline["default"](z)
+    slope = torch.linalg.lstsq(z.reshape(-1, 1).double(), f.reshape(-1, 1).double()).solution
+    result = export(tmp_path / "adapter", "peft", tmp_path / "made", base, approximate=True)
+    assert result.fidelity["gain"][name] == pytest.approx(float(slope), rel=1e-4)
+    residual = float((f - float(slope) * z).norm() / f.norm())
+    assert result.fidelity["error"][name] == pytest.approx(residual, rel=1e-3)
 
 
 def test_hostile_nonlinear_configs_are_refused(model: Any, base: str, tmp_path: Path) -> None:
@@ -311,6 +355,16 @@ def test_a_fine_tuned_model_becomes_the_adapter_that_made_it(
     made.model.norm.weight.data /= 1.001
     assert far(adapted(model, tmp_path / "made"), logits(made)) < 1e-2
     assert any("lost: model.norm.weight" in line for line in result.lines)
+
+
+def test_the_bases_rounding_is_not_training(model: Any, base: str, tmp_path: Path) -> None:
+    """A model tuned and stored in bf16, of a float32 base."""
+    change = tiny.adapter(model, seed=7, names=["model.layers.1.mlp.up_proj"])
+    save(tuned(model, change).to(torch.bfloat16), tmp_path / "tuned")
+    result = export(tmp_path / "tuned", "peft", tmp_path / "made", base, 4)
+    assert list(result.fidelity["energy"]) == ["model.layers.1.mlp.up_proj"]
+    assert result.fidelity["lost"] == {}
+    assert result.fidelity["kl"] < 1e-4
 
 
 def test_unchanged_modules_get_no_factors(model: Any) -> None:
@@ -357,10 +411,35 @@ def test_a_failure_leaves_nothing(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loralab.export.os.fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space"):
         export(plain, "peft", tmp_path / "made")
     assert {p.name for p in tmp_path.iterdir()} == {"plain"}
+
+
+@pytest.mark.parametrize("to", ["peft", "gguf"])
+def test_what_appears_meanwhile_is_kept(
+    base: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    output = tmp_path / "made.gguf"
+
+    def appear(_: int) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.txt").write_text("mine")
+
+    monkeypatch.setattr("os.fsync", appear)
+    with pytest.raises(UserError, match="appeared meanwhile"):
+        export(plain, to, output, base)
+    assert [p.name for p in output.iterdir()] == ["thesis.txt"]
+
+
+def test_others_may_read_what_was_written(plain: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        export(plain, "mlx", tmp_path / "mlx")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "mlx").iterdir()} == {0o644}
 
 
 def test_a_path_in_a_config_is_not_opened(plain: Path, tmp_path: Path) -> None:

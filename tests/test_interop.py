@@ -186,6 +186,8 @@ def damaged(path: Path, model: Any, **changes: Any) -> Path:
         ({"lora_alpha": "16"}, "expected a number"),
         ({"lora_alpha": 0}, "scaling is 0"),
         ({"peft_type": "IA3"}, "'IA3'"),
+        ({"peft_type": ["LORA"]}, "not plain LoRA"),
+        ({"alpha_pattern": {"q_proj": 1e308, "k_proj": 1e-300}}, "NaN or infinity"),
         ({"bias": "all"}, "bias"),
         ({"alpha_pattern": {"(a|a)*b": 2}}, "too elaborate"),
         ({"alpha_pattern": {"(": 2}}, "no regular expression"),
@@ -197,6 +199,15 @@ def test_damaged_configs_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         read_peft(damaged(tmp_path, model, **changes))
+
+
+def test_modules_switched_off_stay_off(model: Any, tmp_path: Path) -> None:
+    off = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"), 0)
+    theirs = saved_by_peft(model, tmp_path / "given", alpha_pattern=off)
+    read_peft(tmp_path / "given").state.save(tmp_path / "made")
+    ours = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "made").eval()
+    assert (torch_logits(ours, PROMPT) - torch_logits(theirs, PROMPT)).abs().max() < 1e-4
+    assert (torch_logits(theirs, PROMPT) - torch_logits(model, PROMPT)).abs().max() > 0.1
 
 
 def spoil(path: Path, key: str, tensor: torch.Tensor | None) -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -31,16 +25,11 @@ from loralab.adapters.interop import (
 from loralab.adapters.interop.base import describe_base
 from loralab.adapters.interop.files import check_fit, read_config, short
 from loralab.adapters.interop.merged import lora_deltas, merge, write_merged
-from loralab.adapters.interop.nonlinear import (
-    KINDS,
-    acts_on_activations,
-    linearise,
-    nonlinear_deltas,
-    open_nonlinear,
-)
+from loralab.adapters.interop.output import refuse_existing, whole
+from loralab.adapters.peft_types import AdapterType
 from loralab.adapters.state import AdapterState
 from loralab.adapters.truncate import truncate
-from loralab.durable import TEMPORARY_PREFIX, sync_folder, write_whole
+from loralab.durable import write_whole
 from loralab.errors import UserError
 from loralab.models.load import load, locate
 
@@ -100,7 +89,11 @@ def export(
         raise UserError(f"--to is {to!r}; expected {', '.join(FORMATS)}")
     if rank is not None and rank < 1:
         raise UserError(f"--rank is {rank}; expected 1 or more")
-    _refuse_existing(output, to)
+    refuse_existing(output)
+    if to == "gguf":
+        refuse_existing(_beside(output))
+        if output.suffix != ".gguf":
+            raise UserError(f"--output {output}: expected a name that ends in .gguf")
     made = Export(output, [])
     kind = _kind(source)
     if kind == "nonlinear":
@@ -130,7 +123,7 @@ def _kind(source: Path) -> str:
             return "model"
         raise UserError(f"{source}: holds neither adapter_config.json nor config.json")
     config = read_config(source)
-    if config.get("peft_type") in KINDS:
+    if any(config.get("peft_type") == kind.value for kind in AdapterType):
         return "nonlinear"
     mlx = "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config)
     return "mlx" if mlx else "peft"
@@ -147,8 +140,11 @@ def _read(source: Path, kind: str, base: str | None) -> Reading:
 
 def _from_tuned(made: Export, source: Path, base: str, rank: int) -> AdapterState:
     """The nearest LoRA of a full fine-tuning."""
-    tuned, _ = load(source, "float32")
-    model, tokenizer = load(base, "float32")
+    tuned, _, dtype = _load_stored(str(source))
+    model, tokenizer = load(locate(base, dtype), "float32")
+    # Compared as the fine-tuned one is stored, or the base's rounding would count as training.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()  # not the rotary buffers
     result = tuned_delta(tuned, model, rank)
     made.lines.append(
         f"read: a fine-tuned model; {len(result.energy)} of its linear modules differ from the base"
@@ -166,9 +162,16 @@ def _from_tuned(made: Export, source: Path, base: str, rank: int) -> AdapterStat
 def _export_nonlinear(
     made: Export, source: Path, to: str, base: str, rank: int | None, approximate: bool
 ) -> None:
+    # Here, because it imports PEFT, which plain LoRA does not need.
+    from loralab.adapters.interop.nonlinear import (
+        acts_on_activations,
+        nonlinear_deltas,
+        open_nonlinear,
+    )
+
     config = read_config(source)
     kind = config["peft_type"]
-    model, tokenizer, dtype = _load_base(base)
+    model, tokenizer, dtype = _load_stored(base)
     wrapped = open_nonlinear(source, config, model)
     curved = acts_on_activations(wrapped)
     made.lines.append(
@@ -203,6 +206,8 @@ def _export_nonlinear(
 
 
 def _linearised(made: Export, wrapped: Any, tokenizer: Any) -> AdapterState:
+    from loralab.adapters.interop.nonlinear import linearise
+
     result = linearise(wrapped, _tokens(tokenizer, FITTED_ON))
     made.lines.append(
         "approximated: each module's spline f(z) by a gain, least squares of f(z) on z over the "
@@ -257,13 +262,18 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def _write(made: Export, state: AdapterState, to: str, base: str | None) -> None:
     if to == "merged":
-        model, _, dtype = _load_base(_needed(base, "a merged model"))
+        model, _, dtype = _load_stored(_needed(base, "a merged model"))
         _write_merged(made, model, dtype, str(base), lora_deltas(state))
         return
     shape = None if base is None else describe_base(base)
     if to == "gguf" and shape is None:
         raise UserError("--base is missing: GGUF's tensor names and row order come from the base")
-    with _whole(made.output) as path:
+    if shape is not None and to in ("mlx", "gguf") and shape.tied_head in state.factors:
+        raise UserError(
+            f"{shape.tied_head}: the base shares it with the embedding, and {to} has no module of "
+            "that name to adapt; only --to merged can hold it"
+        )
+    with whole(made.output) as path:
         if to == "peft":
             state.save(path)
         elif to == "mlx":
@@ -274,14 +284,15 @@ def _write(made: Export, state: AdapterState, to: str, base: str | None) -> None
             (path / "fidelity.json").write_text(json.dumps(made.fidelity, indent=2) + "\n")
     if made.fidelity and to == "gguf":
         write_whole(_beside(made.output), json.dumps(made.fidelity, indent=2) + "\n")
-    made.lines += _losses(state, to)
+    noted = any(line.startswith(("changed", "approximated")) for line in made.lines)
+    made.lines += _losses(state, to, noted)
     made.lines.append(f"wrote {made.output}")
 
 
-def _losses(state: AdapterState, to: str) -> list[str]:
+def _losses(state: AdapterState, to: str, noted: bool) -> list[str]:
     """What this last step loses; what was approximated before has its own lines."""
     if to != "gguf":
-        return ["lost: nothing else"]
+        return ["lost: nothing else" if noted else "lost: nothing"]
     dtypes = {t.dtype for factors in state.factors.values() for t in factors}
     changed = [
         f"changed: {short(dtype)} is stored as float32, every value kept"
@@ -300,7 +311,7 @@ def _write_merged(
     result = merge(model, deltas, dtype)
     tokenizer = AutoTokenizer.from_pretrained(locate(base, torch.bfloat16))
     made.fidelity |= {"no_op": result.no_op, "rounding_error": result.error}
-    with _whole(made.output) as path:
+    with whole(made.output) as path:
         write_merged(model, tokenizer, path)
         (path / "fidelity.json").write_text(json.dumps(made.fidelity, indent=2) + "\n")
     made.lines.append(
@@ -314,13 +325,13 @@ def _write_merged(
     made.lines.append(f"wrote {made.output}")
 
 
-def _load_base(base: str) -> tuple[Any, Any, torch.dtype]:
+def _load_stored(name: str) -> tuple[Any, Any, torch.dtype]:
     """The model in float32, holding values of the dtype it is stored in; that dtype."""
-    source = locate(base, torch.bfloat16)
+    source = locate(name, torch.bfloat16)
     model, tokenizer = load(source, "float32")
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"base model {base!r}: is quantised; give the one it was made from")
+        raise UserError(f"model {name!r}: is quantised; give the one it was made from")
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return model, tokenizer, dtype
 
@@ -344,46 +355,3 @@ def _needed(base: str | None, why: str) -> str:
 
 def _beside(output: Path) -> Path:
     return output.with_name(output.name + ".fidelity.json")
-
-
-def _refuse_existing(output: Path, to: str) -> None:
-    empty = to != "gguf" and output.is_dir() and not any(output.iterdir())
-    for path in (output, _beside(output)):
-        if os.path.lexists(path) and not (empty and path == output):
-            raise UserError(f"--output {path}: exists already and is kept; choose another name")
-
-
-@contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """A path to write a file or a directory at; it becomes `output` only when all is written."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=output.parent))
-    made = scratch / output.name
-    try:
-        yield made
-        for file in [made] if made.is_file() else made.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        _place(made, output)
-        sync_folder(output.parent)
-    except SafetensorError as error:
-        raise UserError(f"cannot write {output}: {error}") from error
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise UserError(f"--output {output}: appeared meanwhile and is kept") from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _place(made: Path, output: Path) -> None:
-    """Move without replacing anything: a rename would replace a file."""
-    if made.is_dir():
-        made.rename(output)
-        return
-    try:
-        os.link(made, output)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV) or output.exists():
-            raise
-        made.rename(output)  # a file system without hard links

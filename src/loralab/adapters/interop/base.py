@@ -20,11 +20,13 @@ class BaseShape:
     """A model's config and its linear modules.
 
     source: directory or hub name. shapes: (out, in) by module name, the output head included.
+    tied_head: the head's name if it shares the embedding's weight.
     """
 
     source: str
     config: Any
     shapes: Mapping[str, tuple[int, int]]
+    tied_head: str | None
 
     @property
     def layers(self) -> int:
@@ -47,9 +49,9 @@ def describe_base(name: str) -> BaseShape:
         where = "" if Path(source).is_dir() else " (not here and not on the hub)"
         raise UserError(f"base model {name!r}{where}: {line}") from error
     weights = linear_weights(skeleton)
-    head = skeleton.get_output_embeddings()
-    for module_name, module in skeleton.named_modules():
-        if module is head and isinstance(module, torch.nn.Linear):
-            weights[module_name] = module.weight.detach()
+    output = skeleton.get_output_embeddings()
+    head = next((n for n, m in skeleton.named_modules() if m is output), None)
+    if head is not None and isinstance(output, torch.nn.Linear):
+        weights[head] = output.weight.detach()
     shapes = {module: (w.shape[0], w.shape[1]) for module, w in weights.items()}
-    return BaseShape(source, config, shapes)
+    return BaseShape(source, config, shapes, head if config.tie_word_embeddings else None)

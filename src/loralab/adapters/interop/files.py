@@ -19,6 +19,8 @@ _FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 _LARGEST_CONFIG = 1 << 22
 """Bytes. A real adapter_config.json has a few thousand; one with a pattern a module, 100,000."""
 
+_LONGEST_NAME = 512
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json as a dict. Raises UserError if it is absent or not a JSON object."""
@@ -68,6 +70,8 @@ def check_values(tensor: Tensor, what: str) -> None:
 
 def checked(module: str, a: Tensor, b: Tensor) -> Factors:
     """A (r, in) and B (out, r) as Factors. Raises UserError if they do not fit each other."""
+    if len(module) > _LONGEST_NAME:
+        raise UserError(f"a module's name has {len(module)} characters; the adapter is damaged")
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise UserError(
             f"{module}: A is {tuple(a.shape)} and B {tuple(b.shape)}; expected (r, in), (out, r)"

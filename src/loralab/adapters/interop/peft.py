@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.adapters.interop.files import checked, plain_number, read_config, read_tensors
+from loralab.adapters.interop.files import (
+    check_values,
+    checked,
+    plain_number,
+    read_config,
+    read_tensors,
+)
 from loralab.adapters.state import AdapterState, Factors
 from loralab.errors import UserError
 
@@ -93,15 +99,17 @@ def uniform(
     extra: Mapping[str, object],
 ) -> Reading:
     """One rank and one scaling for all modules, exact but for float32 rounding of folded B."""
-    [(scaling, _)] = Counter(scalings.values()).most_common(1)
     rank = max(f.A.shape[0] for f in factors.values())
-    if scaling == 0:
+    counted = Counter(scaling for scaling in scalings.values() if scaling != 0)
+    if not counted:
         raise UserError("the adapter's scaling is 0: it changes nothing; expected lora_alpha > 0")
+    [(scaling, _)] = counted.most_common(1)
     made, folded, padded = {}, 0, 0
     for module, (a, b) in factors.items():
         ratio = scalings[module] / scaling
         if ratio != 1:
             a, b, folded = a.float(), b.float() * ratio, folded + 1
+            check_values(b, f"{module}: B times {ratio:g}, which its scaling folds in,")
         short = rank - a.shape[0]
         if short:
             a = torch.cat([a, a.new_zeros(short, a.shape[1])], 0)
