@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from loralab.config import EvolveConfig, parse
+from loralab.errors import UserError
 from loralab.evolution.outputs import save_merged
 from loralab.evolution.replay import replay
 from loralab.evolution.trainer import Result, evolve
@@ -27,7 +28,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return path
 
 
-def config_for(model_dir: Path, noise_on: str) -> EvolveConfig:
+def config_for(model_dir: Path, noise_on: str, **adapter: Any) -> EvolveConfig:
     values = {
         "kind": "evolve",
         "name": "tiny",
@@ -36,7 +37,7 @@ def config_for(model_dir: Path, noise_on: str) -> EvolveConfig:
         "device": "cpu",
         "threads": 1,
         "task": {"name": "conciseness"},
-        "adapter": {"rank": 4, "alpha": 8.0},
+        "adapter": {"rank": 4, "alpha": 8.0, **adapter},
         "evolution": {
             "generations": 3,
             "population": 4,
@@ -72,6 +73,57 @@ def test_a_resumed_search_over_a_model_ends_in_the_same_bits(
     resumed, again = run_config(tmp_path / "cut", config, resume=True)
     assert resumed.digest == whole.digest
     assert again.journal_path.read_bytes() == run.journal_path.read_bytes()
+
+
+@pytest.mark.parametrize("init", ["pissa", "orthogonal", "tiny"])
+def test_a_search_from_another_start_resumes_and_saves_for_the_true_base(
+    model_dir: Path, tmp_path: Path, init: str
+) -> None:
+    config = config_for(model_dir, "AB", init=init)
+    whole, run = run_config(tmp_path / "whole", config)
+    plain, _ = run_config(tmp_path / "plain", config_for(model_dir, "AB"))
+    if init != "tiny":  # the base's own answers at the start, whatever the factors
+        assert plain.start is not None
+        assert whole.start == plain.start
+
+    _, cut = run_config(tmp_path / "cut", config)
+    lines = cut.journal_path.read_bytes().splitlines(True)
+    cut.journal_path.write_bytes(b"".join(lines[:2]) + lines[2][:30])
+    resumed, again = run_config(tmp_path / "cut", config, resume=True)
+    assert resumed.digest == whole.digest
+    assert again.journal_path.read_bytes() == run.journal_path.read_bytes()
+
+    # What PEFT reads on the base as it is does what the engine ran on the base less the start.
+    state = replay(run)
+    centre = state.space.centre(state.master)
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    loaded = PeftModel.from_pretrained(base, run.checkpoints / "final").merge_and_unload()
+    expected = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert centre.adapter is not None
+    assert (centre.change is not None) == (init == "pissa")
+    for name, (a, b) in centre.adapter.factors.items():
+        module = expected.get_submodule(name)
+        change = centre.adapter.scaling * b @ a + (centre.change or {}).get(name, 0.0)
+        module.weight.data += change.T if type(module).__name__ == "Conv1D" else change
+    for one, other in zip(loaded.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "what"),
+    [
+        ({"init": "mica"}, "A of .* is zero"),
+        ({"init": "loftq"}, "replaced"),
+        ({"init": "progressive"}, "progressive"),
+        ({"type": "lslora"}, "type: lora"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_what_cannot_be_searched_says_so(
+    model_dir: Path, tmp_path: Path, adapter: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(UserError, match=what):
+        run_config(tmp_path / "run", config_for(model_dir, "B", **adapter))
 
 
 def test_peft_reads_the_adapter_as_it_was(model_dir: Path, tmp_path: Path) -> None:

@@ -263,6 +263,19 @@ class EvolveConfig(CommonConfig):
     generation: GenerationConfig = GenerationConfig()
     engine: EngineConfig = EngineConfig()
 
+    @model_validator(mode="after")
+    def _searchable(self) -> EvolveConfig:
+        adapter = self.adapter
+        if adapter.type != "lora":
+            raise ValueError(f"adapter.type: lora, the one that evolves (it is {adapter.type})")
+        if adapter.dropout > 0:
+            raise ValueError("adapter.dropout 0: nothing is dropped without gradients")
+        if adapter.init.name == "progressive":
+            raise ValueError("another adapter.init than progressive, which needs training steps")
+        if self.evolution.noise_on == "weights" and adapter.init != InitConfig():
+            raise ValueError("no adapter.init with noise_on: weights, which searches W itself")
+        return self
+
 
 class SftConfig(CommonConfig):
     """Supervised fine-tuning: learn a task's gold answers, or completions from a file.

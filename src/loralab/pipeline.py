@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from loralab.config import AnyConfig, EvolveConfig, SftConfig
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
 from loralab.evolution.interrupt import Interrupt
+from loralab.evolution.start import START
 from loralab.report import build_report
 from loralab.run import Run
 
@@ -109,6 +111,7 @@ def _discard(run: Run, existed: bool) -> None:
     for name in ("config.yaml", "environment.json", "timings.json", ".lock"):
         with contextlib.suppress(OSError):
             (run.path / name).unlink()
+    shutil.rmtree(run.path / START, ignore_errors=True)
     if not existed:
         with contextlib.suppress(OSError):
             run.path.rmdir()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from loralab.adapters.targets import layer_index, linear_weights
 from loralab.config import AdapterConfig
@@ -54,15 +55,31 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
         raise UserError(f"adapter: {error}") from error
 
 
-def _targets(model: PreTrainedModel, config: AdapterConfig) -> str | list[str]:
-    """Names for PEFT: as they were given, or in full when only some layers are wanted."""
+def targeted_weights(model: PreTrainedModel, config: AdapterConfig) -> dict[str, Tensor]:
+    """Weights (out, in) of the modules an `adapter` section is for, by name.
+
+    Raises:
+        UserError: a module or layer is not in the model.
+    """
     named = linear_weights(model, config.target_modules)
-    if config.num_layers in (None, -1) and config.layers_to_transform is None:
-        given = config.target_modules
-        return given if isinstance(given, str) else list(given)
+    if _every_layer(config):
+        return named
     present = sorted({layer for name in named if (layer := layer_index(name)) is not None})
     layers = _layers(present, config)
-    return [name for name in named if layer_index(name) in layers]
+    return {name: weight for name, weight in named.items() if layer_index(name) in layers}
+
+
+def _every_layer(config: AdapterConfig) -> bool:
+    return config.num_layers in (None, -1) and config.layers_to_transform is None
+
+
+def _targets(model: PreTrainedModel, config: AdapterConfig) -> str | list[str]:
+    """Names for PEFT: as they were given, or in full when only some layers are wanted."""
+    named = targeted_weights(model, config)
+    given = config.target_modules
+    if not _every_layer(config):
+        return list(named)
+    return given if isinstance(given, str) else list(given)
 
 
 def _layers(present: Sequence[int], config: AdapterConfig) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -16,10 +16,8 @@ from loralab.errors import UserError
 _PREFIX = "base_model.model."
 
 
-def state_of(
-    model: PeftModel, adapter: str = "default", dtype: Any = torch.float32
-) -> AdapterState:
-    """The adapter's factors, copied. Where its start was taken out of W, the rank doubles.
+def state_of(model: PeftModel, adapter: str = "default") -> AdapterState:
+    """The adapter's factors, fp32 copies. Where its start was taken out of W, the rank doubles.
 
     There W + dW = (W - s B0 A0) + s B A, so on the true base dW = s [B, -B0] [A; A0]
     (as PEFT converts PiSSA; arXiv:2404.02948, appendix C). One scaling for all modules is made
@@ -28,40 +26,63 @@ def state_of(
     Raises:
         UserError: there is no such adapter, or it is not expressible as a LoRA of linear modules.
     """
-    factors: dict[str, Factors] = {}
+    own, taken = parts_of(model, adapter)
+    return own if taken is None else minus(own, taken)
+
+
+def minus(own: AdapterState, taken: AdapterState) -> AdapterState:
+    """The adapter whose change of W is that of `own` less that of `taken`; equal scalings."""
+    if own.scaling != taken.scaling:
+        raise ValueError(f"scalings differ: {own.scaling} and {taken.scaling}")
+    factors = {}
+    for name, (a, b) in own.factors.items():
+        a0, b0 = taken.factors[name]
+        factors[name] = Factors(torch.cat([a, a0], 0), torch.cat([b, -b0], 1))
+    return replace(own, factors=factors)
+
+
+def parts_of(
+    model: PeftModel, adapter: str = "default"
+) -> tuple[AdapterState, AdapterState | None]:
+    """The adapter as it runs, and what its start took out of W, None where it took nothing.
+
+    Raises:
+        UserError: as `state_of`.
+    """
     kind = str(getattr(model.peft_config.get(adapter), "peft_type", "LORA")).rpartition(".")[2]
     if kind != "LORA":
         raise UserError(
             f"adapter {adapter!r} is {kind}, which two factors alone do not hold; "
             "`loralab export` can merge or approximate it"
         )
-    scalings = [
-        m.scaling[adapter] for m in model.modules() if _adapted(m, adapter) and m.scaling[adapter]
-    ]
-    scaling = float(scalings[0]) if scalings else 1.0
-    for path, layer in model.named_modules():
-        if not _adapted(layer, adapter):
-            continue
+    layers = {p.removeprefix(_PREFIX): m for p, m in model.named_modules() if _has(m, adapter)}
+    if not layers:
+        raise UserError(f"the model has no LoRA adapter {adapter!r}")
+    scaling = next((float(m.scaling[adapter]) for m in layers.values() if m.scaling[adapter]), 1.0)
+    own: dict[str, Factors] = {}
+    taken: dict[str, Factors] = {}
+    for name, layer in layers.items():
         if adapter not in layer.lora_A or layer.lora_variant.get(adapter) is not None:
-            raise UserError(f"{path}: not a plain LoRA of a linear module")
-        a = layer.lora_A[adapter].weight.detach().to("cpu", dtype, copy=True)
-        b = layer.lora_B[adapter].weight.detach().to("cpu", dtype, copy=True)
-        b = b * (float(layer.scaling[adapter]) / scaling)
+            raise UserError(f"{name}: not a plain LoRA of a linear module")
+        share = float(layer.scaling[adapter]) / scaling
+        own[name] = _copied(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, share)
         memory = memory_of(layer)
         if memory is not None:
             if memory.A0 is None or memory.B0 is None or memory.adapter != adapter:
                 raise UserError(
-                    f"{path}: its base weight was replaced, not only split; save the base with the "
+                    f"{name}: its base weight was replaced, not only split; save the base with the "
                     "adapter (model.get_base_model().save_pretrained)"
                 )
-            a = torch.cat([a, memory.A0.to(dtype)], 0)
-            b = torch.cat([b, -memory.B0.to(dtype)], 1)
-        factors[path.removeprefix(_PREFIX)] = Factors(a.contiguous(), b.contiguous())
-    if not factors:
-        raise UserError(f"the model has no LoRA adapter {adapter!r}")
+            taken[name] = _copied(memory.A0, memory.B0, share)
     base = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
-    return AdapterState(factors, scaling, base=base)
+    state = AdapterState(own, scaling, base=base)
+    return state, replace(state, factors=taken) if taken else None
 
 
-def _adapted(module: nn.Module, adapter: str) -> bool:
+def _copied(a: torch.Tensor, b: torch.Tensor, share: float) -> Factors:
+    a, b = (x.detach().to("cpu", torch.float32, copy=True).contiguous() for x in (a, b))
+    return Factors(a, b * share)
+
+
+def _has(module: nn.Module, adapter: str) -> bool:
     return isinstance(module, LoraLayer) and adapter in module.r

@@ -66,6 +66,7 @@ class BatchedEngine:
         self._encoder = PromptEncoder(tokenizer)
         self._decoder = Decoder(tokenizer, end_tokens(model, tokenizer))
         self._base = BaseWeights(model)
+        self._changes: Mapping[str, Tensor] = {}
         text_config = model.config.get_text_config(decoder=True)
         self._context: int | None = getattr(text_config, "max_position_embeddings", None)
         self._vocabulary: int = text_config.vocab_size
@@ -92,8 +93,12 @@ class BatchedEngine:
         """Set weights to the true base + change: (out, in) by module name.
 
         Modules not named go back to the true base, so `set_base({})` restores the model exactly.
+        The very object of the last call changes nothing again: a search passes it every generation.
         """
+        if changes is self._changes:
+            return
         written = self._base.set(changes)
+        self._changes = changes
         refresh = getattr(self._backend, "refresh_base", None)
         if refresh is not None:
             refresh(written)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loralab.adapters.extract import minus
 from loralab.adapters.scale import Statistic, sigma_a, sigma_b
 from loralab.adapters.state import AdapterState, Factors
 from loralab.evolution.layout import Floats, Layout
@@ -23,12 +24,15 @@ class AdapterSpace:
 
     sigmas: as `adapter_sigmas` gives them, for every tensor searched.
     dtype: the model's; members are cast to it from the fp32 master plus noise.
+    taken: what the start took out of W (see `Start`): the engine runs W minus it, and the adapter
+        that is saved has it taken off, so that it belongs to the base as it is.
     """
 
     start_adapter: AdapterState
     sigmas: Mapping[str, float]
     dtype: torch.dtype
     on_a: bool = False
+    taken: AdapterState | None = None
 
     @cached_property
     def layout(self) -> Layout:
@@ -78,7 +82,7 @@ class AdapterSpace:
 
         same = sum(in_threads(fill_pair, range(count), threads))
         return Perturbed(
-            centre=Centre(self._state(centre, self._cast_a)),
+            centre=Centre(self._state(centre, self._cast_a), self._change),
             members=tuple(self._state(cast, self._cast_a) for cast in casts),
             noise=None if noise is None else tuple(noise),
             unchanged_share=same / casts.numel(),
@@ -101,15 +105,24 @@ class AdapterSpace:
         return total
 
     def centre(self, master: Floats) -> Centre:
-        return Centre(self._state(_cast(master, self.dtype), self._cast_a))
+        return Centre(self._state(_cast(master, self.dtype), self._cast_a), self._change)
 
     def adapter(self, master: Floats) -> AdapterState:
-        """The point as an fp32 adapter: what is saved and digested."""
+        """The point as an fp32 adapter of the true base: what is saved and digested."""
         fixed = {name: factors.A for name, factors in self.start_adapter.factors.items()}
-        return self._state(torch.from_numpy(master), fixed)
+        point = self._state(torch.from_numpy(master), fixed)
+        return point if self.taken is None else minus(point, self.taken)
 
     def digest(self, master: Floats) -> str:
         return self.adapter(master).digest()
+
+    @cached_property
+    def _change(self) -> dict[str, Tensor] | None:
+        """One object for every generation, which an engine need not apply again."""
+        if self.taken is None:
+            return None
+        scaling = self.taken.scaling
+        return {name: -scaling * (b @ a) for name, (a, b) in self.taken.factors.items()}
 
     @cached_property
     def _cast_a(self) -> dict[str, Tensor]:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from loralab.adapters.scale import WeightReport, analyse
 from loralab.config import EvolveConfig
+from loralab.durable import explain_os_errors
 from loralab.environment import describe
 from loralab.errors import UserError
 from loralab.evolution.adapter_space import adapter_sigmas
 from loralab.evolution.events import Notice, OnEvent
 from loralab.evolution.journal import Header, HeldOut, Journal, differences, read
 from loralab.evolution.replay import first_state, states
-from loralab.evolution.start import start_adapter
+from loralab.evolution.start import START, is_drawn, start_adapter
 from loralab.evolution.strategy import SearchState
 from loralab.evolution.weight_space import ROWS_COMPARED
 from loralab.evolution.workbench import Workbench, fingerprint, sample_rows
@@ -72,12 +73,13 @@ def open_search(
         report = analyse(bench.weights)
         _log_outliers(report, run, on_event)
     with timings.phase("init_population"):
-        header, state = _first(config, task, bench, report, model, rows)
+        header, state = _first(config, run, task, bench, report, model, rows)
         return Opened(state, Journal.create(run.journal_path, header), None, None)
 
 
 def _first(
     config: EvolveConfig,
+    run: Run,
     task: Task,
     bench: Workbench,
     report: WeightReport,
@@ -89,7 +91,13 @@ def _first(
     shapes = {name: (w.shape[0], w.shape[1]) for name, w in bench.weights.items()}
     sigmas = report.perturbation(scale.granularity, scale.statistic, scale.fraction)
     if config.evolution.noise_on != "weights":
-        start = start_adapter(shapes, adapter.rank, adapter.alpha, config.seed, config.model)
+        if is_drawn(config):
+            start = start_adapter(shapes, adapter.rank, adapter.alpha, config.seed, config.model)
+        else:
+            initialised = bench.initialise(config, task)
+            with explain_os_errors(run.path):
+                initialised.save(run.path / START)
+            start = initialised.adapter
         on_a = config.evolution.noise_on == "AB"
         sigmas = adapter_sigmas(start, sigmas, on_a, scale.statistic, scale.fraction)
     machine = describe()
@@ -105,7 +113,7 @@ def _first(
         kernel=bench.engine.kernel,
         versions={name: machine[name] for name in _VERSIONS},
     )
-    state = first_state(header, rows)
+    state = first_state(header, run.path, rows)
     return replace(header, start=state.space.digest(state.master)), state
 
 
@@ -149,7 +157,7 @@ def _resume(
         )
     best: Best | None = None
     start: HeldOut | None = None
-    state = first_state(header, rows)
+    state = first_state(header, run.path, rows)
     for point, entry in states(contents, state):
         state = point
         if entry is not None and entry.held_out is not None:

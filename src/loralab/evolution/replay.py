@@ -17,7 +17,7 @@ from loralab.errors import UserError
 from loralab.evolution.adapter_space import AdapterSpace
 from loralab.evolution.journal import Contents, Entry, Header, read
 from loralab.evolution.space import Space
-from loralab.evolution.start import start_adapter
+from loralab.evolution.start import START, Start, is_drawn, start_adapter
 from loralab.evolution.strategy import SearchState, begin, tell
 from loralab.evolution.weight_space import WeightSpace
 from loralab.run import Run
@@ -33,10 +33,13 @@ class Replayed:
     truncation: Truncation | None
 
 
-def first_state(header: Header, sample: Mapping[str, Tensor] | None = None) -> SearchState:
-    """The state before generation 0, from the header alone.
+def first_state(
+    header: Header, folder: Path, sample: Mapping[str, Tensor] | None = None
+) -> SearchState:
+    """The state before generation 0, from the header, and from `start/` if it was initialised.
 
-    sample: some rows of each base weight, for `WeightSpace` to measure what rounding absorbs.
+    folder: the run directory. sample: some rows of each base weight, for `WeightSpace` to measure
+    what rounding absorbs.
     """
     config = configs.parse_evolve(header.config, "the journal's header")
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
@@ -48,8 +51,14 @@ def first_state(header: Header, sample: Mapping[str, Tensor] | None = None) -> S
             header.shapes, sigmas, dtype, options.noise_rank, config.model, sample or {}
         )
     else:
-        start = start_adapter(header.shapes, adapter.rank, adapter.alpha, header.seed, config.model)
-        space = AdapterSpace(start, sigmas, dtype, on_a=options.noise_on == "AB")
+        if is_drawn(config):
+            start = Start(
+                start_adapter(header.shapes, adapter.rank, adapter.alpha, header.seed, config.model)
+            )
+        else:
+            start = Start.read(folder / START)
+        on_a = options.noise_on == "AB"
+        space = AdapterSpace(start.adapter, sigmas, dtype, on_a, start.taken)
     return begin(options, space, header.seed, header.reward_floor)
 
 
@@ -79,17 +88,17 @@ def replay(run: Run, generation: int | None = None) -> SearchState:
     Raises:
         UserError: the journal does not reach that far, or cannot be trusted.
     """
-    return state_of(read(run.journal_path), generation)
+    return state_of(read(run.journal_path), run.path, generation)
 
 
-def state_of(contents: Contents, generation: int | None = None) -> SearchState:
-    """As `replay`, of a journal that has been read."""
+def state_of(contents: Contents, folder: Path, generation: int | None = None) -> SearchState:
+    """As `replay`, of a journal that has been read, in its run directory."""
     reached = len(contents.entries)
     wanted = reached if generation is None else generation
     if not 0 <= wanted <= reached:
         damage = f" ({contents.damage})" if contents.damage else ""
         raise UserError(f"generation is {wanted}; the journal holds 0 to {reached}{damage}")
-    for state, entry in states(contents, first_state(contents.header), upto=wanted):
+    for state, entry in states(contents, first_state(contents.header, folder), upto=wanted):
         if entry is None:
             return state
     raise AssertionError("states always ends in one without an entry")
@@ -107,7 +116,7 @@ def save_generation(run: Run, generation: int | None, out: Path) -> Replayed:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: choose another --out")
     contents = read(run.journal_path)
-    state = state_of(contents, generation)
+    state = state_of(contents, run.path, generation)
     adapter, truncation = as_adapter(state, configs.parse_evolve(contents.header.config, "journal"))
     try:
         adapter.save(out)

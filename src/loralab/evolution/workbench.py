@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loralab.adapters.targets import linear_weights
+from loralab.adapters.attach import targeted_weights
 from loralab.config import EvolveConfig
 from loralab.engines.base import Engine
+from loralab.evolution.start import Initialise, initialised
 
 
 class PopulationEngine(Engine, Protocol):
@@ -35,11 +36,13 @@ class Workbench:
 
     weights: (out, in) of each module searched, as the engine found them.
     save_model: writes the model with the base weights as the engine holds them now.
+    initialise: makes the start that `adapter.init` asks for.
     """
 
     engine: PopulationEngine
     weights: Mapping[str, Tensor]
     save_model: Callable[[Path], None]
+    initialise: Initialise = initialised
 
 
 Open = Callable[[EvolveConfig], Workbench]
@@ -55,7 +58,7 @@ def open_batched(config: EvolveConfig) -> Workbench:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model, tokenizer = load(config.model, config.dtype, config.device)
-    weights = linear_weights(model, config.adapter.target_modules)
+    weights = targeted_weights(model, config.adapter)
     engine = BatchedEngine(
         model,
         tokenizer,
