@@ -62,8 +62,12 @@ def same(ours: tuple[float, dict[str, Tensor]], stock: tuple[float, dict[str, Te
     assert any(g.abs().max() > 1e-3 for g in stock[1].values())
 
 
+@pytest.mark.parametrize("longest_grouped", [0, attention.GROUPED], ids=["sdpa", "grouped"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_flat_batches_give_the_loss_and_gradients_of_padded_ones(kind: str) -> None:
+def test_flat_batches_give_the_loss_and_gradients_of_padded_ones(
+    kind: str, longest_grouped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "GROUPED", longest_grouped)
     model, batch = with_lora(kind), rows()
     causal = model.get_base_model()
     count = sum(row.learned for row in batch)
@@ -117,6 +121,25 @@ def test_a_sequence_depends_on_itself_alone() -> None:
     at = len(first.input_ids)
     assert torch.equal(together[at:], apart[at:])
     assert not torch.allclose(together[:at], apart[:at])
+
+
+def test_in_bf16_the_gradients_are_as_near_to_fp32_as_the_stock_ones() -> None:
+    exact, coarse = with_lora("llama"), with_lora("llama")
+    for name, parameter in coarse.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+            exact.get_parameter(name).data = parameter.data.float()
+    batch, count = rows(count=6), 40
+    _, wanted = gradients(exact, pad(batch, tiny.PAD), count)
+    _, stock = gradients(coarse, pad(batch, tiny.PAD), count)
+    with labelled_head(coarse.get_base_model()), named_attention(coarse, NAME):
+        _, ours = gradients(coarse, flatten(batch), count)
+
+    def error(found: dict[str, Tensor]) -> float:
+        off = sum(float((found[n] - g).square().sum()) for n, g in wanted.items())
+        return (off / sum(float(g.square().sum()) for g in wanted.values())) ** 0.5
+
+    assert error(ours) < 1.25 * error(stock) < 0.2
 
 
 def test_attention_it_cannot_compute_is_refused() -> None:

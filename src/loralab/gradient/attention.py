@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ MODEL_TYPES = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gemma3_text", "gpt2"}
 )
 """Models known to take their positions from position_ids and their attention from the interface."""
+
+GROUPED = 512
+"""Tokens up to which a sequence's scores are held whole: heads * tokens**2 numbers a layer."""
 
 _UNKNOWN = ("softcap", "s_aux", "position_bias")
 
@@ -46,32 +50,55 @@ def sequence_attention(
     if query.shape[0] != 1:
         raise ValueError(f"{NAME}: {query.shape[0]} rows; expected sequences in one row")
     lengths = list(sequence_lengths or (query.shape[2],))
-    share = query.shape[1] // key.shape[1]
-    if share > 1:
-        key, value = (t.repeat_interleave(share, dim=1) for t in (key, value))
+    pieces = zip(*(torch.split(t, lengths, 2) for t in (query, key, value)), strict=True)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = [
-        scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_band(q, sliding_window),
-            dropout_p=dropout,
-            is_causal=_band(q, sliding_window) is None,
-            scale=scaling,
-        ).transpose(1, 2)
-        for q, k, v in zip(*(torch.split(t, lengths, 2) for t in (query, key, value)), strict=True)
+        _grouped(q, k, v, scale, sliding_window)
+        if q.device.type == "cpu" and q.shape[2] <= GROUPED and not dropout
+        else _sdpa(q, k, v, scale, sliding_window, dropout)
+        for q, k, v in pieces
     ]
     return torch.cat(parts, dim=1), None
 
 
-def _band(query: Tensor, window: int | None) -> Tensor | None:
-    """(tokens, tokens) bool of a causal sliding window; None where it is plain causal."""
-    tokens = query.shape[2]
-    if window is None or tokens <= window:
-        return None
-    places = torch.arange(tokens, device=query.device)
+def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """One product for the heads that share a key head, as more queries of it.
+
+    At these lengths SDPA's fused kernel takes twice the time and more on the CPU, most of it in
+    the backward pass. Scores are rounded to the weights' dtype, as in Transformers' eager form.
+    """
+    _, heads, tokens, width = q.shape
+    groups = k.shape[1]
+    mask = _mask(tokens, window, heads // groups, q.dtype)
+    scores = torch.baddbmm(mask, (q * scale).reshape(groups, -1, width), k[0].transpose(1, 2))
+    out = torch.bmm(scores.softmax(dim=-1), v[0])
+    return out.view(1, heads, tokens, -1).transpose(1, 2)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, dropout: float
+) -> Tensor:
+    share = q.shape[1] // k.shape[1]
+    if share > 1:
+        k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))
+    banded = window is not None and q.shape[2] > window
+    mask = _mask(q.shape[2], window, 1, q.dtype).to(q.device) if banded else None
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not banded, scale=scale
+    ).transpose(1, 2)
+
+
+@lru_cache(maxsize=32)
+def _mask(tokens: int, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
+    """(repeats * tokens, tokens), 0 where a query sees a key (causal, in the window), else -inf."""
+    places = torch.arange(tokens)
     behind = places[:, None] - places[None, :]
-    return (behind >= 0) & (behind < window)
+    hidden = behind < 0
+    if window is not None:
+        hidden |= behind >= window
+    return (
+        torch.zeros(tokens, tokens, dtype=dtype).masked_fill(hidden, -torch.inf).repeat(repeats, 1)
+    )
 
 
 AttentionInterface.register(NAME, sequence_attention)

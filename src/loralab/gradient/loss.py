@@ -106,12 +106,12 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for at in range(0, len(hidden), PIECE):
             h, wanted = hidden[at : at + PIECE], targets[at : at + PIECE, None]
-            logits = functional.linear(h, weight, bias).float()
-            norm = logits.logsumexp(dim=-1, keepdim=True)
-            total += (norm - logits.gather(1, wanted)).sum()
+            logits = functional.linear(h, weight, bias)
+            log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
+            total -= log_p.gather(1, wanted).sum()
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            slope = logits.sub_(norm).exp_()
+            slope = log_p.exp_()
             slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
             if d_bias is not None:
                 d_bias += slope.sum(dim=0)
