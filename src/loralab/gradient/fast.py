@@ -3,7 +3,8 @@
     model = get_peft_model(base, LoraConfig(target_modules="all-linear"))
     loralab.gradient.fast.patch(model)
 
-Each layer that can run exactly gets a forward of one autograd operation (`lora_function.py`);
+Each layer that can run exactly gets a forward of one autograd operation (`lora_function.py`, and
+`spline_function.py` for LS-LoRA);
 parameters, names and files stay PEFT's. Whatever a call needs beyond that (several adapters,
 merged or disabled ones, adapters by row, hooks on an inner layer) goes to PEFT's own forward,
 call by call, so a patched model may be changed in any way that PEFT allows.
@@ -24,7 +25,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loralab.adapters.spline import LoraSpline, SplineLayer, SplineVariant
 from loralab.gradient.lora_function import lora_linear
+from loralab.gradient.spline_function import ls_lora_linear
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +96,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _fast_forward_of(layer: LoraLayer) -> Forward | None:
-    return lora_forward if type(layer) is PeftLinear else None
+    kind = type(layer)
+    known = kind is PeftLinear or kind.__bases__ == (SplineLayer, PeftLinear)
+    return lora_forward if known else None
 
 
 def _is_patched(layer: LoraLayer) -> bool:
@@ -121,15 +126,18 @@ def lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return result
     name = _active(layer)[0]
     base, dropout = layer.base_layer, layer.lora_dropout[name]
-    return lora_linear(
+    given = (
         x,
         base.weight.t() if type(base) is Conv1D else base.weight,
         base.bias,
         layer.lora_A[name].weight,
         layer.lora_B[name].weight,
         layer.scaling[name],
-        dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
     )
+    probability = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    if name in layer.lora_variant:
+        return ls_lora_linear(*given, layer.lora_spline[name], probability)
+    return lora_linear(*given, probability)
 
 
 def _active(layer: Any) -> list[str]:
@@ -147,7 +155,11 @@ def _obstacle(layer: Any) -> str | None:
         return f"{len(active)} active adapters"
     name = active[0]
     if name in layer.lora_variant:
-        return f"variant {type(layer.lora_variant[name]).__name__}"
+        variant = layer.lora_variant[name]
+        if type(variant) is not SplineVariant:
+            return f"variant {type(variant).__name__}"
+        if (why := _spline_obstacle(variant, layer.lora_spline[name])) is not None:
+            return why
     base = layer.base_layer
     if not (_plain(base, nn.Linear) or _plain(base, Conv1D)):
         return f"base layer is a {type(base).__name__} with hooks or of an unknown kind"
@@ -163,6 +175,16 @@ def _obstacle(layer: Any) -> str | None:
     if not (_plain(dropout, nn.Identity) or (_plain(dropout, nn.Dropout) and dropout.p < 1)):
         return "dropout has hooks or is not nn.Dropout"
     return None
+
+
+def _spline_obstacle(variant: SplineVariant, spline: LoraSpline) -> str | None:
+    if variant.space != "activation":
+        return f"spline on {variant.space}s"
+    if spline.interpolation_method != "piecewise" or spline.normalize != "none":
+        return f"spline is {spline.interpolation_method}, normalize {spline.normalize}"
+    if spline.outside is not None:
+        return "counts of the spline's inputs asked for"
+    return None if _plain(spline, LoraSpline) else "spline has hooks or is of an unknown kind"
 
 
 def _plain(module: Any, kind: type[nn.Module]) -> bool:

@@ -21,7 +21,7 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,11 +58,30 @@ def redrop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
     return x if mask is None else x * mask * (1 / (1 - probability))
 
 
-def input_gradient(
-    gy: Tensor, weight: Tensor, gh: Tensor, a: Tensor, mask: Tensor | None, probability: float
-) -> Tensor:
-    """gy W + D gh A, (tokens, in): the adapter's part first, so that it is rounded once."""
-    return redrop(gh @ a, mask, probability).addmm_(gy, weight)
+def factor_gradients(
+    ctx: Any, saved: Sequence[Any], gy: Tensor, gz: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A and B from those of y and of z, the adapter's output (tokens, out).
+
+    ctx: a context whose inputs begin as those of `LoraLinear.forward`, with its attributes.
+    saved: its saved tensors. They are passed because checkpointing allows one reading of them.
+    Each gradient is in its own type, None where nothing needs it.
+    """
+    x, mask, weight, a, b, h = saved
+    needs_x, _, _, needs_a, needs_b = ctx.needs_input_grad[:5]
+    dtype = gy.dtype
+    gx = ga = gb = None
+    if needs_b:
+        # h^T gz and not gz^T h: the wide matrix stays in its own order.
+        gb = (h.t() @ gz).t().to(b.dtype)
+    if needs_x or needs_a:
+        gh = (gz @ b.to(dtype)).mul_(ctx.scaling)
+        if needs_a:
+            ga = (gh.t() @ redrop(x, mask, ctx.dropout)).to(a.dtype)
+        if needs_x:
+            # gy W + D gh A: the adapter's part first, so that the sum is rounded once.
+            gx = redrop(gh @ a.to(dtype), mask, ctx.dropout).addmm_(gy, weight.to(dtype))
+    return gx, ga, gb
 
 
 class LoraLinear(torch.autograd.Function):
@@ -91,21 +110,10 @@ class LoraLinear(torch.autograd.Function):
         return y.addmm_(x, weight.to(dtype).t())
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B, each in its own type."""
-        x, mask, weight, a, b, h = ctx.saved_tensors
-        dtype = gy.dtype
-        needs_x, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
-        gx = ga = gb = None
-        if needs_b:
-            gb = (h.t() @ gy).t().to(b.dtype)
-        if needs_x or needs_a:
-            gh = (gy @ b.to(dtype)).mul_(ctx.scaling)
-            if needs_a:
-                ga = (gh.t() @ redrop(x, mask, ctx.dropout)).to(a.dtype)
-            if needs_x:
-                gx = input_gradient(gy, weight.to(dtype), gh, a.to(dtype), mask, ctx.dropout)
+        gx, ga, gb = factor_gradients(ctx, ctx.saved_tensors, gy, gy)
         return gx, None, None, ga, gb, None, None
 
 
@@ -125,7 +133,7 @@ def lora_linear(
     autocast's where that is on; a and b may be fp32 beside a bf16 x.
     """
     with in_autocast_type(x) as cast:
-        y: Tensor = LoraLinear.apply(
+        y: Tensor = LoraLinear.apply(  # type: ignore[no-untyped-call]
             cast.reshape(-1, x.shape[-1]), weight, bias, a, b, scaling, dropout
         )
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -12,11 +12,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
-SOURCES = ("vectors.h", "gemm.h", "attention.h", "model.h", "forward.h", "decoder.cpp")
+VECTORS = Path(__file__).with_name("vectors.h")
+DECODER = Path(__file__).with_name("decoder.cpp")
+PARTS = [DECODER.with_name(name) for name in ("gemm.h", "attention.h", "model.h", "forward.h")]
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -62,14 +65,13 @@ def cache_directory() -> Path:
     return Path(root) / "loralab" / "native"
 
 
-def compile_library(compiler: str, target: Path, machine: str) -> None:
+def compile_library(compiler: str, target: Path, machine: str, source: Path = DECODER) -> None:
     """Build the kernels into `target`, for the processor that the flag `machine` names."""
-    here = Path(__file__).parent
     target.parent.mkdir(parents=True, exist_ok=True)
     # A temporary name and a rename: two processes may build at once.
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
-    command = [compiler, *FLAGS, machine, str(here / "decoder.cpp"), "-o", temporary]
+    command = [compiler, *FLAGS, machine, str(source), "-o", temporary]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if result.returncode:
@@ -114,9 +116,12 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises NativeUnavailableError where there is no compiler."""
+def load(source: Path, includes: Sequence[Path]) -> ctypes.CDLL:
+    """The library of one C++ file, compiled if this version of it is not in the cache.
+
+    includes: the files it includes, whose changes must compile it anew.
+    Raises NativeUnavailableError where there is no compiler.
+    """
     compiler = find_compiler()
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=False
@@ -124,12 +129,18 @@ def library() -> ctypes.CDLL:
     key = blake2b(digest_size=12)
     for part in (version, _processor(), " ".join(FLAGS)):
         key.update(part.encode())
-    for source in SOURCES:
-        key.update((Path(__file__).parent / source).read_bytes())
-    target = cache_directory() / f"decoder-{key.hexdigest()}.so"
+    for file in (*includes, source):
+        key.update(file.read_bytes())
+    target = cache_directory() / f"{source.stem}-{key.hexdigest()}.so"
     try:
         if not target.exists():
-            compile_library(compiler, target, _machine_flag())
-        return declare(ctypes.CDLL(str(target)))
+            compile_library(compiler, target, _machine_flag(), source)
+        return ctypes.CDLL(str(target))
     except OSError as error:
         raise NativeUnavailableError(f"cannot keep or load the native kernels: {error}") from error
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled decoder. Raises NativeUnavailableError where there is no compiler."""
+    return declare(load(DECODER, [VECTORS, *PARTS]))

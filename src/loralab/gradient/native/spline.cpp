@@ -1,0 +1,207 @@
+// The learned function of LS-LoRA, forward and backward, over plain arrays.
+//
+//     out = (1 - g) z + g o phi(u),   u = i z,   phi piecewise linear
+//
+// phi's pieces are told apart by thresholds in u: one comparison each gives a mask that both picks
+// the piece's line and sums over it. Backward needs sum gy and sum gy z over every piece and
+// nothing else: the gradients of the values and scales follow from those in closed form.
+//
+// Sums are fp32 in lanes over blocks of BLOCK elements and double over blocks, in one order: the
+// result does not depend on how many threads share the blocks.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../../engines/native/vectors.h"
+
+using namespace ll;
+
+namespace {
+
+constexpr int MOST = 64;  // pieces
+constexpr int64_t BLOCK = 16384;
+
+typedef uint16_t half_any __attribute__((vector_size(32), aligned(2)));
+
+inline vf load(const float* p) { return load_f(p); }
+inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#endif
+  return (vf)(__builtin_convertvector(*(const half_any*)p, vi) << 16);
+}
+inline void store(float* p, vf v) { store_f(p, v); }
+inline void store(bf16* p, vf v) { store_bf16(p, v); }
+
+// What Python passes: the spline's parameters.
+struct Spline {
+  const float* deviation;  // (knots,) of the values from the identity
+  const float *input_scale, *output_scale, *gate;  // gate may be null
+  float k_min, k_max;
+  int knots, clamp;
+};
+
+// The same as lines in z, one for each piece; piece p lies above threshold p - 1.
+struct Lines {
+  int pieces;
+  float scale;
+  float threshold[MOST], slope[MOST], offset[MOST];
+};
+
+double knot(const Spline& s, int j) {
+  return s.k_min + j * (((double)s.k_max - s.k_min) / (s.knots - 1));
+}
+
+// phi(u) = level + (1 + lean) u on a piece; a clamped end is level.
+void piece(const Spline& s, int p, double& level, double& slope) {
+  const int segment = p - (s.clamp ? 1 : 0), last = s.knots - 1;
+  if (segment < 0 || segment == last) {
+    const int j = segment < 0 ? 0 : last;
+    level = knot(s, j) + s.deviation[j], slope = 0;
+    return;
+  }
+  const double width = knot(s, segment + 1) - knot(s, segment);
+  const double lean = ((double)s.deviation[segment + 1] - s.deviation[segment]) / width;
+  level = s.deviation[segment] - lean * knot(s, segment), slope = 1 + lean;
+}
+
+Lines lines(const Spline& s) {
+  Lines l;
+  l.pieces = s.knots - 1 + (s.clamp ? 2 : 0);
+  l.scale = *s.input_scale;
+  const double share = s.gate ? *s.gate : 1.0, o = *s.output_scale;
+  for (int p = 0; p < l.pieces; p++) {
+    double level, slope;
+    piece(s, p, level, slope);
+    l.offset[p] = (float)(share * o * level);
+    l.slope[p] = (float)(1 - share + share * o * slope * *s.input_scale);
+    if (p) l.threshold[p - 1] = (float)knot(s, p - (s.clamp ? 1 : 0));
+  }
+  return l;
+}
+
+template <int P, class T>
+void forward(const Lines& l, T* z, int64_t n) {
+  const int pieces = P ? P : l.pieces;
+  const auto line = [&](vf x) {
+    const vf u = x * l.scale;
+    vf slope = splat(l.slope[0]), offset = splat(l.offset[0]);
+    for (int p = 1; p < pieces; p++) {
+      const vi above = u > splat(l.threshold[p - 1]);
+      slope = above ? splat(l.slope[p]) : slope;
+      offset = above ? splat(l.offset[p]) : offset;
+    }
+    return slope * x + offset;
+  };
+  int64_t at = 0;
+  for (; at + LANES <= n; at += LANES) store(z + at, line(load(z + at)));
+  if (at == n) return;
+  T rest[LANES] = {};
+  std::memcpy(rest, z + at, (n - at) * sizeof(T));
+  store(rest, line(load(rest)));
+  std::memcpy(z + at, rest, (n - at) * sizeof(T));
+}
+
+// z becomes gz; sums[p] and sums[pieces + p]: of gy and gy z above threshold p - 1 (0: of all).
+template <int P, class T>
+void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
+  const int pieces = P ? P : l.pieces;
+  vf of_g[P ? P : MOST], of_gz[P ? P : MOST];
+  for (int p = 0; p < pieces; p++) of_g[p] = of_gz[p] = vf{};
+  const auto step = [&](vf x, vf g) {
+    const vf u = x * l.scale, product = g * x;
+    vf slope = splat(l.slope[0]);
+    of_g[0] += g, of_gz[0] += product;
+    for (int p = 1; p < pieces; p++) {
+      const vi above = u > splat(l.threshold[p - 1]);
+      slope = above ? splat(l.slope[p]) : slope;
+      of_g[p] = above ? of_g[p] + g : of_g[p];
+      of_gz[p] = above ? of_gz[p] + product : of_gz[p];
+    }
+    return slope * g;
+  };
+  int64_t at = 0;
+  for (; at + LANES <= n; at += LANES) store(z + at, step(load(z + at), load(gy + at)));
+  if (at < n) {
+    T rest[LANES] = {}, rest_g[LANES] = {};
+    std::memcpy(rest, z + at, (n - at) * sizeof(T));
+    std::memcpy(rest_g, gy + at, (n - at) * sizeof(T));
+    store(rest, step(load(rest), load(rest_g)));
+    std::memcpy(z + at, rest, (n - at) * sizeof(T));
+  }
+  for (int p = 0; p < pieces; p++) sums[p] = sum(of_g[p]), sums[pieces + p] = sum(of_gz[p]);
+}
+
+template <class F>
+void unrolled(int pieces, F run) {
+  switch (pieces) {
+    case 4: return run(std::integral_constant<int, 4>{});
+    case 6: return run(std::integral_constant<int, 6>{});
+    case 8: return run(std::integral_constant<int, 8>{});
+    default: return run(std::integral_constant<int, 0>{});
+  }
+}
+
+template <class T>
+void backward_blocks(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
+  unrolled(l.pieces, [&](auto p) {
+    for (int64_t at = 0; at < n; at += BLOCK, sums += 2 * l.pieces)
+      backward<p>(l, z + at, gy + at, std::min(BLOCK, n - at), sums);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t ll_spline_block() { return BLOCK; }
+int ll_spline_most() { return MOST; }
+
+// z (n,) -> out, in place.
+void ll_spline_forward(const Spline* s, void* z, int64_t n, int is_bf16) {
+  const Lines l = lines(*s);
+  unrolled(l.pieces, [&](auto p) {
+    is_bf16 ? forward<p>(l, (bf16*)z, n) : forward<p>(l, (float*)z, n);
+  });
+}
+
+// z (n,) -> gz, in place. sums: (blocks, 2, pieces).
+void ll_spline_backward(const Spline* s, void* z, const void* gy, int64_t n, int is_bf16,
+                        double* sums) {
+  const Lines l = lines(*s);
+  if (is_bf16)
+    backward_blocks(l, (bf16*)z, (const bf16*)gy, n, sums);
+  else
+    backward_blocks(l, (float*)z, (const float*)gy, n, sums);
+}
+
+// From the sums, out (knots + 3,): gradients of the values, input_scale, output_scale, gate.
+void ll_spline_gradients(const Spline* s, const double* sums, int64_t blocks, float* out) {
+  const int pieces = s->knots - 1 + (s->clamp ? 2 : 0), last = s->knots - 1;
+  double g[MOST + 1] = {}, gz[MOST + 1] = {}, values[MOST + 1] = {};
+  for (int64_t b = 0; b < blocks; b++, sums += 2 * pieces)
+    for (int p = 0; p < pieces; p++) g[p] += sums[p], gz[p] += sums[pieces + p];
+  const double all = gz[0], i = *s->input_scale, o = *s->output_scale;
+  const double share = s->gate ? *s->gate : 1.0;
+  double with_phi = 0, with_slope = 0;
+  for (int p = 0; p < pieces; p++) {
+    const double of_g = g[p] - g[p + 1], of_gz = gz[p] - gz[p + 1];
+    double level, slope;
+    piece(*s, p, level, slope);
+    with_phi += level * of_g + slope * i * of_gz;
+    with_slope += slope * of_gz;
+    const int segment = p - (s->clamp ? 1 : 0);
+    if (segment < 0 || segment == last) {
+      values[segment < 0 ? 0 : last] += of_g;
+      continue;
+    }
+    const double from = knot(*s, segment), width = knot(*s, segment + 1) - from;
+    const double right = (i * of_gz - from * of_g) / width;
+    values[segment] += of_g - right, values[segment + 1] += right;
+  }
+  for (int j = 0; j <= last; j++) out[j] = (float)(share * o * values[j]);
+  out[last + 1] = (float)(share * o * with_slope);
+  out[last + 2] = (float)(share * with_phi);
+  out[last + 3] = (float)(o * with_phi - all);
+}
+}

@@ -1,0 +1,143 @@
+"""A frozen linear layer with an LS-LoRA update as one autograd operation.
+
+    y = x W^T + b + f(z),    z = s (D x) A^T B^T,    f(z) = (1 - g) z + g o phi(i z)
+
+As `lora_function.py`, with gz = gy f'(z) in the place of gy for the adapter's part. z is not
+kept: backward makes it again from h (tokens, r), the same bits by the same product, and turns it
+into gz in place while it sums what the spline's parameters need (`spline_curve.py`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loralab.adapters.spline import LoraSpline, knot_positions
+from loralab.gradient import spline_curve
+from loralab.gradient.lora_function import drop, factor_gradients, in_autocast_type
+from loralab.gradient.native.spline import kernel
+from loralab.gradient.spline_curve import Curve
+
+
+@cache
+def _grid(
+    count: int, k_min: float, k_max: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The knots as values of this type can hold them: v = k must deviate by exactly 0."""
+    work = torch.promote_types(dtype, torch.float32)
+    return knot_positions(count, k_min, k_max, device).to(dtype).to(work)
+
+
+def _curve(ctx: Any, values: Tensor, i: Tensor, o: Tensor, gate: Tensor | None) -> Curve:
+    k_min, k_max, clamp = ctx.grid
+    grid = _grid(values.shape[0], k_min, k_max, values.dtype, values.device)
+    deviation = values.detach().to(grid.dtype) - grid
+    i, o = i.detach().to(grid.dtype), o.detach().to(grid.dtype)
+    if gate is not None:
+        gate = gate.detach().to(grid.dtype)
+    return Curve(deviation, i, o, gate, k_min, k_max, clamp)
+
+
+def _bend(z: Tensor, curve: Curve) -> Tensor:
+    native = kernel()
+    if native is not None and native.takes(z, curve):
+        return native.forward(z, curve)
+    return spline_curve.forward(z, curve)
+
+
+def _bend_gradients(z: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+    native = kernel()
+    if native is not None and native.takes(z, curve):
+        return native.backward(z, gy, curve)
+    return spline_curve.backward(z, gy, curve)
+
+
+class LSLoraLinear(torch.autograd.Function):
+    """The operation of this file's head on two-dimensional x; W and b get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dropout: float,
+        values: Tensor,
+        input_scale: Tensor,
+        output_scale: Tensor,
+        gate: Tensor | None,
+        grid: tuple[float, float, bool],
+    ) -> Tensor:
+        """y (tokens, out) in x's type. grid: k_min, k_max, whether clamped outside."""
+        dtype = x.dtype
+        dropped, mask = drop(x, dropout)
+        h = (dropped @ a.to(dtype).t()).mul_(scaling)
+        ctx.scaling, ctx.dropout, ctx.grid = scaling, dropout, grid
+        spline = (values, input_scale, output_scale, gate)
+        needs_a = ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if needs_a else None, mask, weight, a, b, h, *spline)
+        y = _bend(h @ b.to(dtype).t(), _curve(ctx, *spline))
+        if bias is not None:
+            y += bias
+        return y.addmm_(x, weight.to(dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, A, B and the spline's parameters, each in its own type."""
+        saved = ctx.saved_tensors
+        b, h, *spline = saved[4:]
+        gy = gy.contiguous()
+        z = h @ b.to(gy.dtype).t()
+        gz, of_spline = _bend_gradients(z, gy, _curve(ctx, *spline))
+        gx, ga, gb = factor_gradients(ctx, saved[:6], gy, gz)
+        count = spline[0].shape[0]
+        parts = (of_spline[:count], *of_spline[count:])
+        gradients = [
+            part.reshape(parameter.shape).to(parameter.dtype) if needed else None
+            for part, parameter, needed in zip(
+                parts, spline, ctx.needs_input_grad[7:11], strict=True
+            )
+        ]
+        return gx, None, None, ga, gb, None, None, *gradients, None
+
+
+def ls_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    spline: LoraSpline,
+    dropout: float = 0.0,
+) -> Tensor:
+    """y = x W^T + b + f(s dropout(x) A^T B^T), f the spline of one layer.
+
+    x (..., in); weight (out, in) and bias (out,), both frozen; a (r, in); b (out, r);
+    spline: piecewise, without the tanh. Returns (..., out) in x's type, or in autocast's where
+    that is on; a, b and the spline may be fp32 beside a bf16 x.
+    """
+    with in_autocast_type(x) as cast:
+        y: Tensor = LSLoraLinear.apply(  # type: ignore[no-untyped-call]
+            cast.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            a,
+            b,
+            scaling,
+            dropout,
+            spline.values,
+            spline.input_scale,
+            spline.output_scale,
+            spline.gate,
+            (spline.k_min, spline.k_max, spline.boundary == "clamp"),
+        )
+    return y.view(*x.shape[:-1], weight.shape[0])
