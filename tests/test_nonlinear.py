@@ -156,7 +156,8 @@ def test_loads_in_a_fresh_process_that_only_imports_loralab_adapters(tmp_path: P
         f"want = torch.load({str(tmp_path / 'logits.pt')!r})\n"
         "assert torch.equal(model(input_ids=ids).logits, want)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    where = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": where}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
@@ -208,6 +209,19 @@ def test_merging_gives_the_same_function_or_refuses_and_touches_nothing(kind: st
         merged = model.merge_and_unload(safe_merge=True)
         assert not any(isinstance(m, LoraLayer) for m in merged.modules())
         torch.testing.assert_close(logits(merged), before, atol=2e-4, rtol=1e-4)
+
+
+def test_a_refused_merge_leaves_no_adapter_half_merged() -> None:
+    model = get_peft_model(tiny.model("llama"), config("weight", target_modules=["q_proj"]), "one")
+    model.add_adapter("two", config("spline", target_modules=["down_proj"]))
+    model.base_model.set_adapter(["one", "two"])
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(UserError, match="adapter 'two' cannot be merged"):
+            merge()
+    assert not any(m.merged_adapters for m in model.modules() if isinstance(m, LoraLayer))
+    assert any(isinstance(m, LoraLayer) for m in model.modules())
+    model.merge_adapter(["one"])
+    assert sum(m.merged for m in model.modules() if isinstance(m, LoraLayer)) == 2
 
 
 @every
