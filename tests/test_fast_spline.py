@@ -271,11 +271,7 @@ def curve(knots: int = 5, gated: bool = False, clamp: bool = False) -> Curve:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        "-march=native",
-        "-march=x86-64-v3",
-        pytest.param("-march=x86-64", marks=pytest.mark.slow),
-    ],
+    params=["-march=native", "-march=x86-64-v3", "-march=x86-64"],
 )
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The kernel compiled for this processor and for lesser ones."""

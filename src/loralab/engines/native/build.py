@@ -17,9 +17,8 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
-VECTORS = Path(__file__).with_name("vectors.h")
 DECODER = Path(__file__).with_name("decoder.cpp")
-PARTS = [DECODER.with_name(name) for name in ("gemm.h", "attention.h", "model.h", "forward.h")]
+HEADERS = ("vectors.h", "gemm.h", "attention.h", "model.h", "forward.h")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -116,7 +115,7 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     return lib
 
 
-def load(source: Path, includes: Sequence[Path]) -> ctypes.CDLL:
+def load(source: Path, includes: Sequence[Path] = ()) -> ctypes.CDLL:
     """The library of one C++ file, compiled if this version of it is not in the cache.
 
     includes: the files it includes, whose changes must compile it anew.
@@ -143,4 +142,4 @@ def load(source: Path, includes: Sequence[Path]) -> ctypes.CDLL:
 @cache
 def library() -> ctypes.CDLL:
     """The compiled decoder. Raises NativeUnavailableError where there is no compiler."""
-    return declare(load(DECODER, [VECTORS, *PARTS]))
+    return declare(load(DECODER, [DECODER.with_name(name) for name in HEADERS]))

@@ -10,28 +10,63 @@
 // result does not depend on how many threads share the blocks.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
-
-#include "../../engines/native/vectors.h"
-
-using namespace ll;
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
+
+using bf16 = uint16_t;
 
 constexpr int MOST = 64;  // pieces
 constexpr int64_t BLOCK = 16384;
 
-typedef uint16_t half_any __attribute__((vector_size(32), aligned(2)));
+// As wide as the processor's own: GCC runs a comparison of wider vectors lane by lane.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
-inline vf load(const float* p) { return load_f(p); }
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef float vf_any __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef bf16 half_any __attribute__((vector_size(2 * LANES), aligned(2)));
+
+inline vf splat(float x) { return vf{} + x; }
+
+inline vf load(const float* p) { return *(const vf_any*)p; }
+inline void store(float* p, vf v) { *(vf_any*)p = v; }
+
 inline vf load(const bf16* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  return (vf)(__builtin_convertvector(*(const half_any*)p, vu) << 16);
 #endif
-  return (vf)(__builtin_convertvector(*(const half_any*)p, vi) << 16);
 }
-inline void store(float* p, vf v) { store_f(p, v); }
-inline void store(bf16* p, vf v) { store_bf16(p, v); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, quiet = (u >> 16) | 0x40;
+  *(half_any*)p = __builtin_convertvector(v == v ? rounded : quiet, half_any);
+#endif
+}
+
+inline float sum(vf v) {
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+}
 
 // What Python passes: the spline's parameters.
 struct Spline {
@@ -80,26 +115,33 @@ Lines lines(const Spline& s) {
   return l;
 }
 
+// step(z, gy) on every whole vector of n elements; the last ones go through padded copies.
+template <class T, class F>
+inline void over(T* z, const T* gy, int64_t n, F step) {
+  T rest[LANES] = {}, rest_gy[LANES] = {};
+  const int64_t whole = n / LANES * LANES;
+  std::memcpy(rest, z + whole, (n - whole) * sizeof(T));
+  std::memcpy(rest_gy, gy + whole, (n - whole) * sizeof(T));
+  for (int64_t at = 0; at < n; at += LANES) {
+    const bool inside = at < whole;
+    step(inside ? z + at : rest, inside ? gy + at : rest_gy);
+  }
+  std::memcpy(z + whole, rest, (n - whole) * sizeof(T));
+}
+
 template <int P, class T>
 void forward(const Lines& l, T* z, int64_t n) {
   const int pieces = P ? P : l.pieces;
-  const auto line = [&](vf x) {
-    const vf u = x * l.scale;
+  over(z, z, n, [&](T* at, const T*) {
+    const vf x = load(at), u = x * l.scale;
     vf slope = splat(l.slope[0]), offset = splat(l.offset[0]);
     for (int p = 1; p < pieces; p++) {
       const vi above = u > splat(l.threshold[p - 1]);
       slope = above ? splat(l.slope[p]) : slope;
       offset = above ? splat(l.offset[p]) : offset;
     }
-    return slope * x + offset;
-  };
-  int64_t at = 0;
-  for (; at + LANES <= n; at += LANES) store(z + at, line(load(z + at)));
-  if (at == n) return;
-  T rest[LANES] = {};
-  std::memcpy(rest, z + at, (n - at) * sizeof(T));
-  store(rest, line(load(rest)));
-  std::memcpy(z + at, rest, (n - at) * sizeof(T));
+    store(at, slope * x + offset);
+  });
 }
 
 // z becomes gz; sums[p] and sums[pieces + p]: of gy and gy z above threshold p - 1 (0: of all).
@@ -108,8 +150,8 @@ void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
   const int pieces = P ? P : l.pieces;
   vf of_g[P ? P : MOST], of_gz[P ? P : MOST];
   for (int p = 0; p < pieces; p++) of_g[p] = of_gz[p] = vf{};
-  const auto step = [&](vf x, vf g) {
-    const vf u = x * l.scale, product = g * x;
+  over(z, gy, n, [&](T* at, const T* gy_at) {
+    const vf x = load(at), g = load(gy_at), u = x * l.scale, product = g * x;
     vf slope = splat(l.slope[0]);
     of_g[0] += g, of_gz[0] += product;
     for (int p = 1; p < pieces; p++) {
@@ -118,17 +160,8 @@ void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
       of_g[p] = above ? of_g[p] + g : of_g[p];
       of_gz[p] = above ? of_gz[p] + product : of_gz[p];
     }
-    return slope * g;
-  };
-  int64_t at = 0;
-  for (; at + LANES <= n; at += LANES) store(z + at, step(load(z + at), load(gy + at)));
-  if (at < n) {
-    T rest[LANES] = {}, rest_g[LANES] = {};
-    std::memcpy(rest, z + at, (n - at) * sizeof(T));
-    std::memcpy(rest_g, gy + at, (n - at) * sizeof(T));
-    store(rest, step(load(rest), load(rest_g)));
-    std::memcpy(z + at, rest, (n - at) * sizeof(T));
-  }
+    store(at, slope * g);
+  });
   for (int p = 0; p < pieces; p++) sums[p] = sum(of_g[p]), sums[pieces + p] = sum(of_gz[p]);
 }
 

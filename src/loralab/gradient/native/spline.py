@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loralab.engines.native.build import VECTORS, NativeUnavailableError, load
+from loralab.engines.native.build import NativeUnavailableError, load
 from loralab.gradient.spline_curve import Curve
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class SplineKernel:
 def kernel() -> SplineKernel | None:
     """The kernel; None, logged once, where it cannot be built."""
     try:
-        return SplineKernel(declare(load(SOURCE, [VECTORS])))
+        return SplineKernel(declare(load(SOURCE)))
     except NativeUnavailableError as error:
         log.warning("LS-LoRA's fast step runs in PyTorch alone, which is slower: %s", error)
         return None
