@@ -390,3 +390,28 @@ def test_callback_logs_during_and_after_training(tmp_path: Any) -> None:
     deviations = [layer["deviation"] for layer in callback.final.values()]
     assert logged[-1]["spline/deviation"] == pytest.approx(np.mean(deviations))
     assert all(own.outside is None for own in splines(model).values())
+
+
+def test_training_resumes_from_a_checkpoint_to_the_same_bits(tmp_path: Any) -> None:
+    def run(steps: int, folder: str, resume: bool) -> Any:
+        model = adapted(task_type="CAUSAL_LM", gated=True).train()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=steps,
+            save_steps=2,
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows())
+        trainer.train(resume_from_checkpoint=resume)
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    straight = run(4, "straight", False)
+    run(2, "broken", False)
+    resumed = run(4, "broken", True)
+    assert any("gate" in name for name in resumed)
+    assert all(torch.equal(resumed[name], parameter) for name, parameter in straight.items())
