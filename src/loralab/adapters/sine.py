@@ -5,6 +5,7 @@
 Source: Ji et al. 2025, "Efficient Learning With Sine-Activated Low-rank Matrices", ICLR, arXiv
 2403.19243. The frequency w and the gain g are fixed. The authors' PEFT implementation
 (huggingface/peft pull request 2457) takes g = sqrt(in_features) by default, and so does this.
+The default frequency, 200, rests on no source: choose it for your task.
 
 PEFT type "SINELORA". To load one, `import loralab.adapters` first. It can be merged.
 """
