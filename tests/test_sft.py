@@ -20,6 +20,7 @@ from loralab.config import AdapterConfig, SftConfig, TrainingConfig, parse
 from loralab.engines.attention import attention_configs
 from loralab.errors import UserError
 from loralab.evaluate import evaluate, open_engine
+from loralab.gradient import attention
 from loralab.gradient.events import StepDone, TrainingEvent
 from loralab.gradient.fine_tune import FineTuned, fine_tune
 from loralab.gradient.rows import Row, prepare
@@ -243,7 +244,10 @@ def test_a_model_it_does_not_know_is_trained_the_stock_way_and_says_so() -> None
     ("module", "what"),
     [("mlp.down_proj", "the loss"), ("q_proj", "the gradient's norm")],
 )
-def test_what_is_no_number_stops_before_it_reaches_the_weights(module: str, what: str) -> None:
+def test_what_is_no_number_stops_before_it_reaches_the_weights(
+    module: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "GROUPED", 0)
     model = peft_model()
     settings = TrainingConfig(steps=5, batch_size=3, lr=1e-2)
     weight = next(p for n, p in model.named_parameters() if f"{module}.lora_A" in n)

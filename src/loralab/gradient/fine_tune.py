@@ -92,11 +92,11 @@ def _fine_tune(
     done = 0 if resume_from is None else step_of(resume_from)
     rewind(run, done)
     log = _Log(config, run, judge, timings, on_event, stopping)
-    if not any(row.get("phase") == "before" for row in run.completions()):
+    if not any(row.get("phase") == "before" for row in run.metrics()):
         log.answers(0, "before", lambda p: judge.base(p))
 
     with timings.phase("init_population"), quiet():
-        trained = _trainable(model, tokenizer, config, prepared.rows, run)
+        trained = trainable(model, tokenizer, config, prepared.rows, run)
     steps = total_steps(len(prepared.rows), settings)
     on_event(
         TrainingStarted(
@@ -137,6 +137,8 @@ def _fine_tune(
         raise
     if history.notes:
         run.note(notes=list(history.notes))
+        for note in history.notes:
+            on_event(Remark(note))
     with timings.phase("saving"):
         save_trained(trained, tokenizer, config.model, run)
     if history.complete:
@@ -145,7 +147,7 @@ def _fine_tune(
     return FineTuned(history.complete, history.steps, history.losses)
 
 
-def _trainable(model: Any, tokenizer: Any, config: SftConfig, rows: Sequence[Row], run: Run) -> Any:
+def trainable(model: Any, tokenizer: Any, config: SftConfig, rows: Sequence[Row], run: Run) -> Any:
     """The model with its adapter attached and started, or itself with every weight in float32."""
     if config.adapter is None:
         # In bf16 most updates are smaller than the weight's last bit and would be lost.
@@ -211,9 +213,9 @@ class _Log(TrainerCallback):  # type: ignore[misc]
             for row in completion_rows(self._judge.batch, shown, step, phase)
         ]
         scores = score_row(rollouts)
+        self._run.log_completions(rows)
         if phase != "during":
             self._run.log_metrics({"step": step, "phase": phase, **scores})
-        self._run.log_completions(rows)
         self._on_event(
             Answered(
                 step=step,

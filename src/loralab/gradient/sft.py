@@ -142,7 +142,7 @@ def train(
         # It would write its tokens into the model's config, and itself into each checkpoint.
         trainer.processing_class = None
         if settings.fast:
-            stack.enter_context(_fast_lora(model))
+            notes += stack.enter_context(_fast_lora(model))
         if labelled:
             stack.enter_context(loss.labelled_head(causal))
         stack.enter_context(attention.named_attention(causal, attention.NAME if flat else None))
@@ -360,14 +360,18 @@ def _forward_kept(*models: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _fast_lora(model: Any) -> Iterator[None]:
-    """Fused LoRA products while it trains; a model that was patched before stays so."""
+def _fast_lora(model: Any) -> Iterator[tuple[str, ...]]:
+    """Fused LoRA products while it trains, and what to say of layers that cannot have them.
+
+    A model that was patched before stays so.
+    """
     from loralab.gradient import fast
 
     before = fast.report(model).taken
     fast.patch(model)
+    now = fast.report(model)
     try:
-        yield
+        yield (str(now),) if now.left else ()
     finally:
         if not before:
             fast.unpatch(model)

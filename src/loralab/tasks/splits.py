@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from loralab.data.sources import Row, data_files, read_rows
 from loralab.errors import UserError
@@ -38,17 +42,32 @@ def rows_of_split(path: str, split: Split, subset: str | None = None) -> list[Ro
 
 
 def _from_hub(name: str, split: Split, subset: str | None) -> list[Row]:
+    mend = "give a folder that holds it as the task's option path"
+    if not _reachable():
+        raise UserError(
+            f"dataset {name!r}: the hub cannot be reached from here; {mend}, or set "
+            "HF_HUB_OFFLINE=1 if it was downloaded before"
+        )
     from datasets import load_dataset
 
     try:
         table = load_dataset(name, subset, split=split)
     except Exception as error:  # its errors are of many unrelated classes
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"dataset {name!r} cannot be had from the hub: {reason}; give a folder that holds it "
-            "as the task's option path"
-        ) from error
+        raise UserError(f"dataset {name!r} cannot be had from the hub: {reason}; {mend}") from error
     return [Row(dict(record), f"{name} {split} row {i}") for i, record in enumerate(table, 1)]
+
+
+def _reachable() -> bool:
+    """Whether asking makes sense: the hub's library retries for half a minute before it says no."""
+    if os.environ.get("HF_HUB_OFFLINE") or getproxies():
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def text_field(row: Row, field: str) -> str:
