@@ -62,6 +62,26 @@ inline void store(bf16* p, vf v) {
 #endif
 }
 
+#if defined(__AVX512F__)
+typedef __mmask16 mask;
+inline mask everywhere() { return 0xffff; }
+inline mask greater(vf a, vf b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+}
+inline vf choose(mask m, vf a, vf b) {
+  return (vf)_mm512_mask_mov_ps((__m512)b, m, (__m512)a);
+}
+inline vf add_where(mask m, vf to, vf v) {
+  return (vf)_mm512_mask_add_ps((__m512)to, m, (__m512)to, (__m512)v);
+}
+#else
+typedef vi mask;
+inline mask everywhere() { return vi{} - 1; }
+inline mask greater(vf a, vf b) { return a > b; }
+inline vf choose(mask m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); }
+inline vf add_where(mask m, vf to, vf v) { return to + (vf)(m & (vi)v); }
+#endif
+
 inline float sum(vf v) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += v[i];
@@ -136,15 +156,16 @@ void forward(const Lines& l, T* z, int64_t n) {
     const vf x = load(at), u = x * l.scale;
     vf slope = splat(l.slope[0]), offset = splat(l.offset[0]);
     for (int p = 1; p < pieces; p++) {
-      const vi above = u > splat(l.threshold[p - 1]);
-      slope = above ? splat(l.slope[p]) : slope;
-      offset = above ? splat(l.offset[p]) : offset;
+      const mask above = greater(u, splat(l.threshold[p - 1]));
+      slope = choose(above, splat(l.slope[p]), slope);
+      offset = choose(above, splat(l.offset[p]), offset);
     }
     store(at, slope * x + offset);
   });
 }
 
-// z becomes gz; sums[p] and sums[pieces + p]: of gy and gy z above threshold p - 1 (0: of all).
+// z becomes gz; sums[p] and sums[pieces + p]: of gy and gy z over piece p. Not over all above a
+// threshold: differences of those would cancel.
 template <int P, class T>
 void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
   const int pieces = P ? P : l.pieces;
@@ -153,13 +174,17 @@ void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
   over(z, gy, n, [&](T* at, const T* gy_at) {
     const vf x = load(at), g = load(gy_at), u = x * l.scale, product = g * x;
     vf slope = splat(l.slope[0]);
-    of_g[0] += g, of_gz[0] += product;
-    for (int p = 1; p < pieces; p++) {
-      const vi above = u > splat(l.threshold[p - 1]);
-      slope = above ? splat(l.slope[p]) : slope;
-      of_g[p] = above ? of_g[p] + g : of_g[p];
-      of_gz[p] = above ? of_gz[p] + product : of_gz[p];
+    mask above = everywhere();
+    for (int p = 0; p < pieces - 1; p++) {
+      const mask next = greater(u, splat(l.threshold[p]));
+      const mask inside = above & ~next;
+      of_g[p] = add_where(inside, of_g[p], g);
+      of_gz[p] = add_where(inside, of_gz[p], product);
+      slope = choose(next, splat(l.slope[p + 1]), slope);
+      above = next;
     }
+    of_g[pieces - 1] = add_where(above, of_g[pieces - 1], g);
+    of_gz[pieces - 1] = add_where(above, of_gz[pieces - 1], product);
     store(at, slope * g);
   });
   for (int p = 0; p < pieces; p++) sums[p] = sum(of_g[p]), sums[pieces + p] = sum(of_gz[p]);
@@ -211,26 +236,26 @@ void ll_spline_backward(const Spline* s, void* z, const void* gy, int64_t n, int
 // From the sums, out (knots + 3,): gradients of the values, input_scale, output_scale, gate.
 void ll_spline_gradients(const Spline* s, const double* sums, int64_t blocks, float* out) {
   const int pieces = s->knots - 1 + (s->clamp ? 2 : 0), last = s->knots - 1;
-  double g[MOST + 1] = {}, gz[MOST + 1] = {}, values[MOST + 1] = {};
+  double g[MOST] = {}, gz[MOST] = {}, values[MOST + 1] = {};
   for (int64_t b = 0; b < blocks; b++, sums += 2 * pieces)
     for (int p = 0; p < pieces; p++) g[p] += sums[p], gz[p] += sums[pieces + p];
-  const double all = gz[0], i = *s->input_scale, o = *s->output_scale;
+  const double i = *s->input_scale, o = *s->output_scale;
   const double share = s->gate ? *s->gate : 1.0;
-  double with_phi = 0, with_slope = 0;
+  double all = 0, with_phi = 0, with_slope = 0;
   for (int p = 0; p < pieces; p++) {
-    const double of_g = g[p] - g[p + 1], of_gz = gz[p] - gz[p + 1];
     double level, slope;
     piece(*s, p, level, slope);
-    with_phi += level * of_g + slope * i * of_gz;
-    with_slope += slope * of_gz;
+    all += gz[p];
+    with_phi += level * g[p] + slope * i * gz[p];
+    with_slope += slope * gz[p];
     const int segment = p - (s->clamp ? 1 : 0);
     if (segment < 0 || segment == last) {
-      values[segment < 0 ? 0 : last] += of_g;
+      values[segment < 0 ? 0 : last] += g[p];
       continue;
     }
     const double from = knot(*s, segment), width = knot(*s, segment + 1) - from;
-    const double right = (i * of_gz - from * of_g) / width;
-    values[segment] += of_g - right, values[segment + 1] += right;
+    const double right = (i * gz[p] - from * g[p]) / width;
+    values[segment] += g[p] - right, values[segment + 1] += right;
   }
   for (int j = 0; j <= last; j++) out[j] = (float)(share * o * values[j]);
   out[last + 1] = (float)(share * o * with_slope);
