@@ -26,7 +26,7 @@ def rows(seed: int = 0, count: int = 4, longest: int = 17) -> list[Row]:
     for index in range(count):
         length = 3 + (index * 5 + seed) % (longest - 2)
         ids = torch.randint(4, tiny.VOCABULARY, (length,), generator=generator).tolist()
-        prompt = 1 + index % (length - 1)
+        prompt = index % length  # 0: the first token has a label, which nothing predicts
         made.append(Row(tuple(ids), (IGNORED,) * prompt + tuple(ids[prompt:])))
     return made
 

@@ -49,9 +49,14 @@ def test_a_template_that_writes_the_end_token_has_it_once_and_last() -> None:
         "{{ m['content'] }} <eos> {% else %} {{ m['content'] }} {% endif %}{% endfor %}"
         "{% if add_generation_prompt %} ha{% endif %}"
     )
-    made = row([Message(role="user", content="ab")], "ef", tokenizer=tokenizer)
-    ef = tokenizer.convert_tokens_to_ids("ef")
-    assert learned(made) == [ef, tiny.EOS]
+    messages = [Message(role="user", content="ab")]
+    ef, gh = tokenizer.convert_tokens_to_ids(["ef", "gh"])
+    assert learned(row(messages, "ef", tokenizer=tokenizer)) == [ef, tiny.EOS]
+    # Text behind it is learned, and ended; a blank behind it, as most templates write, is not.
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<eos> gh")
+    assert learned(row(messages, "ef", tokenizer=tokenizer)) == [ef, tiny.EOS, gh, tiny.EOS]
+    tokenizer.decode = lambda ids: " " * len(ids)
+    assert learned(row(messages, "ef", tokenizer=tokenizer)) == [ef, tiny.EOS]
 
 
 def test_padding_that_is_the_end_token_leaves_the_real_one_learned() -> None:
