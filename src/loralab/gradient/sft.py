@@ -129,14 +129,17 @@ def train(
             batch = [as_row(record) for record in records]
             return flatten(batch) if flat else pad(batch, pad_id)
 
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            data_collator=collate,
-            train_dataset=Dataset.from_list([as_record(row) for row in rows]),
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-        )
+        try:
+            trainer = _Trainer(
+                model=model,
+                args=arguments,
+                data_collator=collate,
+                train_dataset=Dataset.from_list([as_record(row) for row in rows]),
+                processing_class=tokenizer,
+                callbacks=list(callbacks),
+            )
+        except ValueError as error:  # TRL's word for a combination it does not train
+            raise UserError(f"training: {' '.join(str(error).split())}") from error
         trainer.own_loss = labelled
         trainer.remove_callback(PrinterCallback)
         # It would write its tokens into the model's config, and itself into each checkpoint.

@@ -161,8 +161,8 @@ def generation_time(metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
     return finish("generation_time", alt, "Wall clock, from ask to tell.", draw)
 
 
-def time_breakdown(timings: Sequence[Row]) -> Chart | None:
-    """One bar per category, longest on top: coral each generation, steel blue once a run."""
+def time_breakdown(timings: Sequence[Row], unit: str = "generation") -> Chart | None:
+    """One bar per category, longest on top: coral each generation or step, steel blue once."""
     rows = [row for row in timings if row.name != TOTAL]
     if not rows:
         return None
@@ -184,7 +184,7 @@ def time_breakdown(timings: Sequence[Row]) -> Chart | None:
         axes.set_ylim(-0.6, len(rows) + 0.35)  # room for the legend above the longest bar
         axes.legend(
             handles=[
-                Patch(color=CORAL, label="per generation"),
+                Patch(color=CORAL, label=f"per {unit}"),
                 Patch(color=STEEL_BLUE, label="one-time"),
             ],
             loc="upper right", ncols=2, borderaxespad=0, handlelength=1, columnspacing=1.2,
@@ -201,7 +201,7 @@ def time_breakdown(timings: Sequence[Row]) -> Chart | None:
     height = max(HEIGHT, 0.75 + 0.25 * (len(rows) + 1))
     return finish(
         "time_breakdown", f"Time by category: {longest_first}.",
-        "Coral happens each generation, steel blue once a run.", draw, height,
+        f"Coral happens each {unit}, steel blue once a run.", draw, height,
     )  # fmt: skip
 
 

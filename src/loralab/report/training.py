@@ -24,7 +24,7 @@ from loralab.report.chart import (
 )
 from loralab.report.plots import time_breakdown
 from loralab.report.summary import Change, Pair, Tone, median, pair_up, within_noise
-from loralab.report.text import change, is_number, number, share
+from loralab.report.text import change, number, share
 from loralab.run import Run
 from loralab.timings import TOTAL, Row, Timings
 
@@ -83,9 +83,9 @@ class TrainingSummary:
     def line(self) -> str:
         """Loss, held-out reward and correct answers, each before → after."""
         parts = [f"loss {change(self.loss.before, self.loss.after)}"]
-        if is_number(self.held_out.before):
+        if self.held_out.delta is not None:
             parts.append(f"held-out {change(self.held_out.before, self.held_out.after)}")
-        if is_number(self.correct.before):
+        if self.correct.delta is not None:
             parts.append(f"correct {share(self.correct.before)} → {share(self.correct.after)}")
         return ", ".join(parts)
 
@@ -131,7 +131,7 @@ def training_charts(summary: TrainingSummary) -> list[Chart]:
         _single(summary.steps, "grad_norm", "Gradient", "Norm over all trained weights, before "
                 "clipping: growth means divergence.", BLUE),
         _single(summary.steps, "lr", "Learning rate", "As the schedule set it.", FAINT),
-        time_breakdown(summary.timings),
+        time_breakdown(summary.timings, "step"),
     )  # fmt: skip
     return [chart for chart in drawn if chart is not None]
 
