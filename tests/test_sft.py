@@ -293,7 +293,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(
 
 def test_what_a_user_can_mend_is_said_in_one_line(folder: Path, tmp_path: Path) -> None:
     config = config_for(folder, adapter={"target_modules": ["q_proj", "lm_head"]})
-    with pytest.raises(UserError, match="training: .*lm_head"):
+    with pytest.raises(UserError, match=r"training: .*lm_head"):
         pipeline.start(config, tmp_path / "c", lambda event: None)
     config = config_for(folder, training={"optimizer": "adamw_torhc"})
     with pytest.raises(UserError, match="adamw_torhc") as caught:
