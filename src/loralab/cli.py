@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
-_BENCHES = ("population",)
+_BENCHES = ("population", "adapters")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -387,9 +387,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from loralab.bench import population
+    from importlib import import_module
 
-    return population.main(arguments.rest)
+    status: int = import_module(f"loralab.bench.{arguments.name}").main(arguments.rest)
+    return status
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:

@@ -35,11 +35,8 @@ def _grid(
 def _curve(ctx: Any, values: Tensor, i: Tensor, o: Tensor, gate: Tensor | None) -> Curve:
     k_min, k_max, clamp = ctx.grid
     grid = _grid(values.shape[0], k_min, k_max, values.dtype, values.device)
-    deviation = values.detach().to(grid.dtype) - grid
-    i, o = i.detach().to(grid.dtype), o.detach().to(grid.dtype)
-    if gate is not None:
-        gate = gate.detach().to(grid.dtype)
-    return Curve(deviation, i, o, gate, k_min, k_max, clamp)
+    scales = [one if one is None else one.to(grid.dtype) for one in (i, o, gate)]
+    return Curve(values.to(grid.dtype) - grid, *scales, k_min, k_max, clamp)
 
 
 def _bend(z: Tensor, curve: Curve) -> Tensor:
@@ -98,10 +95,9 @@ class LSLoraLinear(torch.autograd.Function):
         z = h @ b.to(gy.dtype).t()
         gz, of_spline = _bend_gradients(z, gy, _curve(ctx, *spline))
         gx, ga, gb = factor_gradients(ctx, saved[:6], gy, gz)
-        count = spline[0].shape[0]
-        parts = (of_spline[:count], *of_spline[count:])
+        parts = of_spline.split_with_sizes([spline[0].shape[0], 1, 1, 1])
         gradients = [
-            part.reshape(parameter.shape).to(parameter.dtype) if needed else None
+            part.to(parameter.dtype) if needed else None
             for part, parameter, needed in zip(
                 parts, spline, ctx.needs_input_grad[7:11], strict=True
             )

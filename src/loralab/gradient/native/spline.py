@@ -80,6 +80,7 @@ class SplineKernel:
         """z and gy contiguous, of one type; z is overwritten with its gradient."""
         spline = _described(curve)
         width, is_bf16 = z.element_size(), z.dtype == torch.bfloat16
+        at_z, at_gy = z.data_ptr(), gy.data_ptr()
         blocks = -(-z.numel() // self.block)
         sums = torch.empty(blocks, 2, curve.pieces, dtype=torch.float64)
         stride = 2 * curve.pieces * 8
