@@ -212,11 +212,11 @@ def test_tasks_are_listed_and_proved(capsys: Any) -> None:
 
 
 def test_initialisations_are_listed_with_their_facts(capsys: Any) -> None:
-    assert main(["inits"]) == 0
+    assert cli.main(["inits"]) == 0
     text = capsys.readouterr().out
     assert "pissa\n    s·BA = the r largest" in text
     assert "refused before training" in text
-    assert main(["inits", "--json"]) == 0
+    assert cli.main(["inits", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["pissa"]["changes_base"] is True
     assert facts["zero_b"]["unchanged"] == "exactly"

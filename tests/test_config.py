@@ -33,7 +33,14 @@ def test_every_shipped_config_goes_through_the_schema(name: str) -> None:
 
 
 def test_the_shipped_set_is_what_the_readme_promises() -> None:
-    expected = {"conciseness", "countdown", "countdown-small", "demo", "sft-gsm8k"}
+    expected = {
+        "conciseness",
+        "countdown",
+        "countdown-small",
+        "demo",
+        "lslora-ablation",
+        "sft-gsm8k",
+    }
     assert set(config.shipped()) >= expected
     conciseness, countdown = config.load("conciseness"), config.load("countdown")
     assert (conciseness.evolution.generations, conciseness.evolution.population) == (30, 30)

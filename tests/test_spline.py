@@ -148,6 +148,34 @@ def test_knot_gradients_from_bf16_inputs_are_those_of_fp32() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("knots", [2, 5, 6, 7, 9])
+def test_soft_interpolation_and_its_gradients_are_autograd_s(knots: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(40, 2000, generator=generator, dtype=torch.float64)
+    z[0, :4] = torch.tensor([-400.0, 400.0, -3.0, 3.0])
+    values = torch.randn(knots, generator=generator, dtype=torch.float64)
+    weight = torch.randn(z.shape, generator=generator, dtype=torch.float64)
+
+    def reference(z: Tensor, values: Tensor) -> Tensor:
+        grid = torch.linspace(-3, 3, knots, dtype=torch.float64)
+        distance = (z.unsqueeze(-1) - grid) * ((knots - 1) / 6)
+        return (torch.softmax(-distance.square(), -1) * values).sum(-1)
+
+    for dtype, near in ((torch.float64, 1e-6), (torch.float32, 2e-5)):
+        found, wanted = [], []
+        for function, into, kind in (
+            (lambda z, v: soft_spline(z, v, -3.0, 3.0), found, dtype),
+            (reference, wanted, torch.float64),
+        ):
+            x, v = z.to(kind, copy=True), values.to(kind, copy=True)
+            x.requires_grad_(), v.requires_grad_()
+            out = function(x, v)
+            (out * weight.to(kind)).sum().backward()
+            into += [out.detach().double(), x.grad.double(), v.grad.double()]
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=near * float(other.abs().max()), rtol=near)
+
+
 def test_soft_interpolation_is_a_softmax_over_the_knots_and_not_the_identity() -> None:
     z, values, knots = normal(50, scale=3), normal(5, seed=1), knot_positions(5, -3.0, 3.0)
     weights = np.exp(-(((z[:, None] - knots) / 1.5) ** 2).double().numpy())

@@ -36,15 +36,31 @@ def demo(overrides: Sequence[str], run_dir: str | None, console: Console) -> boo
 
 def say_end(run: Run, complete: bool, console: Console) -> None:
     """The table of times, one line from before to after, and where the report is."""
+    if run.config.get("kind") == "ablation":
+        _say_ablation(run, complete, console)
+        return
     console.print(_times(run))
     console.print(Text(before_after(run), style="bold"), soft_wrap=True)
     console.print(Text(f"adapter  {run.adapter}"), soft_wrap=True)
     console.print(Text(f"report   {run.path / 'report.html'}"), soft_wrap=True)
     if not complete:
-        console.print(
-            Text(f"stopped early; continue with: loralab run --resume --run-dir {run.path}"),
-            soft_wrap=True,
-        )
+        _say_how_to_go_on(run, console)
+
+
+def _say_ablation(run: Run, complete: bool, console: Console) -> None:
+    table = run.path / "ablation.md"
+    if table.exists():
+        console.print(Text(table.read_text(encoding="utf-8")), soft_wrap=True)
+    console.print(Text(f"table    {table}"), soft_wrap=True)
+    if not complete:
+        _say_how_to_go_on(run, console)
+
+
+def _say_how_to_go_on(run: Run, console: Console) -> None:
+    console.print(
+        Text(f"stopped early; continue with: loralab run --resume --run-dir {run.path}"),
+        soft_wrap=True,
+    )
 
 
 def before_after(run: Run) -> str:

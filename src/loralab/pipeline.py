@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loralab import config as configs
-from loralab.config import AnyConfig, EvolveConfig, SftConfig
+from loralab.config import AblationConfig, AnyConfig, EvolveConfig, SftConfig
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
 from loralab.evolution.interrupt import Interrupt
@@ -80,6 +80,8 @@ def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
             result = _evolve(config, run, on_event)
         case SftConfig():
             result = _fine_tune(config, run, on_event)
+        case AblationConfig():
+            return _ablate(config, run, on_event)
     build_report(run.path)
     return result
 
@@ -103,6 +105,16 @@ def _fine_tune(config: SftConfig, run: Run, on_event: OnEvent) -> Result:
         except NonFiniteError:
             build_report(run.path)
             raise
+
+
+def _ablate(config: AblationConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.ablation import ablate
+
+    def said(name: str) -> None:
+        on_event(Notice(f"{name}: stopping after the run in flight; again to stop at once"))
+
+    with Interrupt(said) as interrupt:
+        return ablate(config, run, on_event, lambda: interrupt.requested)
 
 
 def _discard(run: Run, existed: bool) -> None:

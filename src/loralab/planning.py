@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loralab import tasks
-from loralab.config import AnyConfig, EvolveConfig, SftConfig
+from loralab.config import AblationConfig, AnyConfig, EvolveConfig, SftConfig
 
 
 def plan(config: AnyConfig) -> list[str]:
@@ -17,6 +17,11 @@ def plan(config: AnyConfig) -> list[str]:
             return _plan_evolution(config)
         case SftConfig():
             return _plan_training(config)
+        case AblationConfig():
+            first = config.config_of(config.variants[0].name, 0)
+            count = len(config.variants) * len(config.seeds)
+            names = ", ".join(variant.name for variant in config.variants)
+            return [f"{count} runs: {names}, {len(config.seeds)} seeds", *_plan_training(first)]
 
 
 def _plan_evolution(config: EvolveConfig) -> list[str]:

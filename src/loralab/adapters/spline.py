@@ -28,6 +28,7 @@ from loralab.adapters.nonlinear import (
     product,
 )
 from loralab.adapters.peft_types import AdapterType, register
+from loralab.adapters.soft_spline import soft_spline
 from loralab.adapters.spline_penalty import penalise
 from loralab.errors import UserError
 
@@ -85,20 +86,6 @@ def spline(
         slopes = torch.where(beyond, slope[segment], slopes)
         offsets = torch.where(beyond, offset[segment], offsets)
     return (x + (offsets + slopes * x)).to(z.dtype)
-
-
-def soft_spline(z: Tensor, values: Tensor, k_min: float, k_max: float) -> Tensor:
-    """The values averaged with weights softmax_j(-((z - k_j) / step)^2), elementwise.
-
-    Smooth, but NOT the identity at v = k: it flattens towards the ends of the grid (at an end knot
-    it is off by 0.3 of a step) and is constant beyond. An adapter that starts so is not plain LoRA.
-    """
-    work = torch.promote_types(z.dtype, torch.float32)
-    count = values.shape[0]
-    knots = knot_positions(count, k_min, k_max, z.device)
-    distance = (z.to(work).unsqueeze(-1) - knots) * ((count - 1) / (k_max - k_min))
-    weights = torch.softmax(-distance.square(), dim=-1)
-    return (weights * values.to(work)).sum(-1).to(z.dtype)
 
 
 class OutsideCount:
