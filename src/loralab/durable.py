@@ -1,8 +1,9 @@
 """Files that survive a kill at any moment: written whole or not at all, or one line at a time.
 
-Two promises. `write_whole` shows readers the old bytes or the new ones, never a mixture.
-`append_line` adds one line of JSON in one write; after a crash at most the last line is torn,
-which `read_lines` passes over and `cut_torn_line` removes. Both are on disk (fsync) on return.
+Two promises. `write_whole` shows readers the old bytes or the new ones, never a mixture;
+`publish` does so for each file of a folder. `append_line` adds one line of JSON in one write; after
+a crash at most the last line is torn, which `read_lines` passes over and `cut_torn_line` removes.
+All is on disk (fsync) on return.
 
 What the operating system refuses (full disk, no permission) becomes a `UserError` of one line,
 and whatever was on disk before the call stays as it was.
@@ -14,8 +15,9 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,35 @@ def write_whole(path: Path, content: str | bytes) -> None:
                 os.unlink(name)
             raise
         sync_folder(path.parent)
+
+
+def publish(directory: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a draft folder, then move its files over so that each appears whole.
+
+    Files of the directory that the draft does not have stay. The draft's are made readable as any
+    other file is: safetensors writes them for their owner alone.
+
+    Raises:
+        UserError: the system refused; the files before are untouched.
+    """
+    draft = directory.with_name(f"{TEMPORARY_PREFIX}{directory.name}")
+    with explain_os_errors(directory):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in sorted(draft.iterdir()):
+            make_readable(file)
+            sync_file(file)
+            os.replace(file, directory / file.name)
+        draft.rmdir()
+        sync_folder(directory)
+    return directory
+
+
+def make_readable(file: Path) -> None:
+    """Give a file the mode that the umask gives to new ones."""
+    file.chmod(0o666 & ~_umask())
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
@@ -142,6 +173,15 @@ def cut_torn_line(path: Path) -> None:
         if whole < len(data):
             file.truncate(whole)
             os.fsync(file.fileno())
+
+
+def sync_file(file: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,8 +13,8 @@ from loralab import config as configs
 from loralab.config import AblationConfig, AnyConfig, EvolveConfig, SftConfig
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
-from loralab.evolution.interrupt import Interrupt
 from loralab.evolution.start import START
+from loralab.interrupt import Interrupt
 from loralab.report import build_report
 from loralab.run import Run
 

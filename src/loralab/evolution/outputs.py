@@ -24,30 +24,12 @@ from loralab.run import Run
 _LOSS_WORTH_A_FINDING = 0.1
 
 
-def save_adapter(adapter: AdapterState, directory: Path) -> None:
-    """Write an adapter in PEFT's format so that each file appears whole or not at all.
-
-    Raises:
-        UserError: the disk refused; the files before are untouched.
-    """
-    draft = directory.with_name(f"{durable.TEMPORARY_PREFIX}{directory.name}")
-    with durable.explain_os_errors(directory):
-        shutil.rmtree(draft, ignore_errors=True)
-        adapter.save(draft)
-        directory.mkdir(parents=True, exist_ok=True)
-        for file in sorted(draft.iterdir()):
-            _sync(file)
-            os.replace(file, directory / file.name)
-        draft.rmdir()
-        durable.sync_folder(directory)
-
-
 def save_point(
     state: SearchState, config: EvolveConfig, directory: Path
 ) -> tuple[AdapterState, Truncation | None]:
     """Save a state as an fp32 adapter; in weights mode the nearest one, and what it loses."""
     adapter, truncation = as_adapter(state, config)
-    save_adapter(adapter, directory)
+    durable.publish(directory, adapter.save)
     return adapter, truncation
 
 
@@ -87,8 +69,3 @@ def cast_adapter(adapter: AdapterState, dtype: torch.dtype) -> AdapterState:
     """The adapter as an engine runs it."""
     factors = {n: Factors(f.A.to(dtype), f.B.to(dtype)) for n, f in adapter.factors.items()}
     return replace(adapter, factors=factors)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -17,7 +17,6 @@ from loralab import tasks
 from loralab.config import EvolveConfig
 from loralab.evolution.arena import Arena
 from loralab.evolution.events import Finished, Notice, OnEvent, Started, ignore
-from loralab.evolution.interrupt import Interrupt
 from loralab.evolution.journal import Entry, HeldOut
 from loralab.evolution.measures import (
     generation_done,
@@ -32,6 +31,7 @@ from loralab.evolution.shaping import mean_over_prompts
 from loralab.evolution.space import Centre
 from loralab.evolution.strategy import SearchState, ask, tell
 from loralab.evolution.workbench import Open, Workbench, open_batched
+from loralab.interrupt import Interrupt
 from loralab.rollouts import completion_rows
 from loralab.run import Run
 from loralab.timings import Timings

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ def save_trained(model: Any, tokenizer: Any, base: str, run: Run) -> Path:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-        return publish(run.path / "model", write_model)
+        return durable.publish(run.path / "model", write_model)
 
     from loralab.adapters.extract import state_of
     from loralab.adapters.true_base import base_changed
@@ -42,32 +39,7 @@ def save_trained(model: Any, tokenizer: Any, base: str, run: Run) -> Path:
             model.save_pretrained(folder, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)
 
-    return publish(run.adapter, write)
-
-
-def publish(directory: Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a draft, then move its files over so that each appears whole."""
-    draft = directory.with_name(f"{durable.TEMPORARY_PREFIX}{directory.name}")
-    with durable.explain_os_errors(directory):
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write(draft)
-        directory.mkdir(parents=True, exist_ok=True)
-        for file in sorted(draft.iterdir()):
-            sync(file)
-            os.replace(file, directory / file.name)
-        draft.rmdir()
-        durable.sync_folder(directory)
-    return directory
-
-
-def sync(file: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return durable.publish(run.adapter, write)
 
 
 def rewind(run: Run, step: int) -> None:

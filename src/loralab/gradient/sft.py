@@ -37,7 +37,6 @@ from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import as_record, as_row, flatten, pad, token_count
-from loralab.gradient.outputs import sync
 from loralab.gradient.rows import Row, pack
 
 _log = logging.getLogger(__name__)
@@ -316,7 +315,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
                 self.args.output_dir = str(place)
             for file in (draft / name).rglob("*"):
                 if file.is_file():
-                    sync(file)
+                    durable.sync_file(file)
             shutil.rmtree(place / name, ignore_errors=True)
             os.replace(draft / name, place / name)
             draft.rmdir()

@@ -1,4 +1,4 @@
-"""Stopping at a signal without losing the generation in flight."""
+"""Stopping at a signal without losing the work in flight."""
 
 from __future__ import annotations
 
