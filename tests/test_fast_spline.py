@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fast_models import adapted, assert_close, randomize, results, sample, with_small_update
 from loralab.adapters import LSLoraConfig
-from loralab.adapters.spline import OutsideCount
+from loralab.adapters.spline import LoraSpline, OutsideCount
 from loralab.engines.native import build
 from loralab.gradient import fast, spline_curve, spline_function
 from loralab.gradient.native import spline as native
@@ -123,6 +123,34 @@ def test_bf16_is_near_to_fp32() -> None:
     for name in reference:
         assert ours[name].dtype == autograd[name].dtype
         assert error(ours, name) < max(0.015, 1.5 * error(autograd, name)), name
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("rank", [6, 8, 16, 32])
+def test_bf16_layer_at_the_ranks_the_kernel_multiplies_itself(rank: int) -> None:
+    torch.manual_seed(rank)
+    x, weight = torch.randn(300, 48), torch.randn(64, 48) / 7
+    a, b = torch.randn(rank, 48) / 7, torch.randn(64, rank) / rank**0.5
+    spline = LoraSpline(LSLoraConfig(num_knots=6))
+    for parameter in spline.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    towards, outcomes = torch.randn(300, 64), []
+    given = [tensor.bfloat16().float() for tensor in (x, weight, a, b)]
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, a, b = (tensor.to(dtype) for tensor in given)
+        leaves = [x.requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+        if dtype == torch.float32:  # autograd's own
+            y = x @ weight.t() + spline(1.5 * (x @ a.t() @ b.t()))
+        else:
+            y = spline_function.ls_lora_linear(x, weight, None, a, b, 1.5, spline)
+        gradients = torch.autograd.grad(
+            (y.float() * towards).sum(), [*leaves, *spline.parameters()]
+        )
+        outcomes.append([y, *gradients])
+    for wanted, found in zip(*outcomes, strict=True):
+        # A scale's gradient is one sum in which most of its 19,200 terms cancel.
+        share = 0.03 if wanted.numel() > 1 else 0.1
+        assert (found.float() - wanted).norm() < share * wanted.norm()
 
 
 @pytest.mark.usefixtures("path")
@@ -306,6 +334,29 @@ def test_kernel_agrees_with_torch(kernel: SplineKernel, dtype: torch.dtype) -> N
             )
 
 
+@pytest.mark.parametrize("rank", [8, 16, 32])
+def test_kernel_with_the_product_agrees_with_torch(kernel: SplineKernel, rank: int) -> None:
+    if not kernel.rows:
+        pytest.skip("this processor, or this build, has no products of bf16")
+    for rows, out in ((1, 32), (4, 64), (7, 96), (128, 32), (300, 192)):
+        for given in (curve(), curve(12, gated=True), curve(4, clamp=True)):
+            h, b = torch.randn(rows, rank).bfloat16() / rank**0.5, torch.randn(out, rank).bfloat16()
+            gy = torch.randn(rows, out).bfloat16()
+            assert kernel.takes_product(h, b)
+            z = h.float() @ b.float().t()
+            wanted = spline_curve.forward(z, given)
+            found = kernel.product_forward(h, b, given)
+            torch.testing.assert_close(found.float(), wanted, atol=1e-4, rtol=2**-7)
+            expected = spline_curve.backward(z.double(), gy.double(), double(given))
+            gz, gradients = kernel.product_backward(h, b, gy, given)
+            # At a knot the slope jumps: there fp32's last bit may choose the other side.
+            assert ((gz - expected[0]).abs() > 2**-7 * expected[0].abs() + 1e-5).sum() <= 2
+            size = float(gy.float().abs().sum()) + 1
+            torch.testing.assert_close(
+                gradients[:-1], expected[1][:-1].float(), atol=3e-6 * size, rtol=1e-5
+            )
+
+
 def double(given: Curve) -> Curve:
     return Curve(*(v.double() if isinstance(v, Tensor) else v for v in given))  # type: ignore[arg-type]
 
@@ -316,10 +367,17 @@ def test_result_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip("no C++ compiler")
     given, count = curve(), 16384 * 21 + 77
     z, gy = torch.randn(count), torch.randn(count)
-    outcomes = []
+    outcomes: list[tuple[Tensor, ...]] = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         outcomes.append((kernel.forward(z.clone(), given), *kernel.backward(z.clone(), gy, given)))
+        if kernel.rows:
+            h, b = z[: 2051 * 16].view(-1, 16).bfloat16(), gy[: 160 * 16].view(-1, 16).bfloat16()
+            g = gy[: 2051 * 160].view(-1, 160).bfloat16()
+            outcomes[-1] += (
+                kernel.product_forward(h, b, given),
+                *kernel.product_backward(h, b, g, given),
+            )
     for other in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 

@@ -4,7 +4,8 @@
 
 As `lora_function.py`, with gz = gy f'(z) in the place of gy for the adapter's part. z is not
 kept: backward makes it again from h (tokens, r), the same bits by the same product, and turns it
-into gz in place while it sums what the spline's parameters need (`spline_curve.py`).
+into gz while it sums what the spline's parameters need (`spline_curve.py`). On a processor with
+bf16 products the kernel makes z itself, in registers and fp32.
 """
 
 from __future__ import annotations
@@ -35,22 +36,35 @@ def _grid(
 def _curve(ctx: Any, values: Tensor, i: Tensor, o: Tensor, gate: Tensor | None) -> Curve:
     k_min, k_max, clamp = ctx.grid
     grid = _grid(values.shape[0], k_min, k_max, values.dtype, values.device)
-    scales = [one if one is None else one.to(grid.dtype) for one in (i, o, gate)]
-    return Curve(values.to(grid.dtype) - grid, *scales, k_min, k_max, clamp)
+    return Curve(
+        values.to(grid.dtype) - grid,
+        i.to(grid.dtype),
+        o.to(grid.dtype),
+        None if gate is None else gate.to(grid.dtype),
+        k_min,
+        k_max,
+        clamp,
+    )
 
 
-def _bend(z: Tensor, curve: Curve) -> Tensor:
+def _bend(h: Tensor, b: Tensor, curve: Curve) -> Tensor:
+    """f(h B^T), (tokens, out)."""
     native = kernel()
-    if native is not None and native.takes(z, curve):
-        return native.forward(z, curve)
-    return spline_curve.forward(z, curve)
+    if native is None or not native.takes(h, curve):
+        return spline_curve.forward(h @ b.t(), curve)
+    if native.takes_product(h, b):
+        return native.product_forward(h, b, curve)
+    return native.forward(h @ b.t(), curve)
 
 
-def _bend_gradients(z: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+def _bend_gradients(h: Tensor, b: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+    """gz (tokens, out) and the gradients of the spline's parameters, from gy."""
     native = kernel()
-    if native is not None and native.takes(z, curve):
-        return native.backward(z, gy, curve)
-    return spline_curve.backward(z, gy, curve)
+    if native is None or not native.takes(h, curve):
+        return spline_curve.backward(h @ b.t(), gy, curve)
+    if native.takes_product(h, b):
+        return native.product_backward(h, b, gy, curve)
+    return native.backward(h @ b.t(), gy, curve)
 
 
 class LSLoraLinear(torch.autograd.Function):
@@ -80,7 +94,7 @@ class LSLoraLinear(torch.autograd.Function):
         spline = (values, input_scale, output_scale, gate)
         needs_a = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_a else None, mask, weight, a, b, h, *spline)
-        y = _bend(h @ b.to(dtype).t(), _curve(ctx, *spline))
+        y = _bend(h, b.to(dtype), _curve(ctx, *spline))
         if bias is not None:
             y += bias
         return y.addmm_(x, weight.to(dtype).t())
@@ -92,8 +106,7 @@ class LSLoraLinear(torch.autograd.Function):
         saved = ctx.saved_tensors
         b, h, *spline = saved[4:]
         gy = gy.contiguous()
-        z = h @ b.to(gy.dtype).t()
-        gz, of_spline = _bend_gradients(z, gy, _curve(ctx, *spline))
+        gz, of_spline = _bend_gradients(h, b.to(gy.dtype), gy, _curve(ctx, *spline))
         gx, ga, gb = factor_gradients(ctx, saved[:6], gy, gz)
         parts = of_spline.split_with_sizes([spline[0].shape[0], 1, 1, 1])
         gradients = [

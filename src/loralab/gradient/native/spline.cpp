@@ -149,30 +149,33 @@ inline void over(T* z, const T* gy, int64_t n, F step) {
   std::memcpy(z + whole, rest, (n - whole) * sizeof(T));
 }
 
-template <int P, class T>
-void forward(const Lines& l, T* z, int64_t n) {
-  const int pieces = P ? P : l.pieces;
-  over(z, z, n, [&](T* at, const T*) {
-    const vf x = load(at), u = x * l.scale;
+template <int P>
+struct Bend {
+  const Lines& l;
+
+  vf operator()(vf x) const {
+    const int pieces = P ? P : l.pieces;
+    const vf u = x * l.scale;
     vf slope = splat(l.slope[0]), offset = splat(l.offset[0]);
     for (int p = 1; p < pieces; p++) {
       const mask above = greater(u, splat(l.threshold[p - 1]));
       slope = choose(above, splat(l.slope[p]), slope);
       offset = choose(above, splat(l.offset[p]), offset);
     }
-    store(at, slope * x + offset);
-  });
-}
+    return slope * x + offset;
+  }
+};
 
-// z becomes gz; sums[p] and sums[pieces + p]: of gy and gy z over piece p. Not over all above a
-// threshold: differences of those would cancel.
-template <int P, class T>
-void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
-  const int pieces = P ? P : l.pieces;
-  vf of_g[P ? P : MOST], of_gz[P ? P : MOST];
-  for (int p = 0; p < pieces; p++) of_g[p] = of_gz[p] = vf{};
-  over(z, gy, n, [&](T* at, const T* gy_at) {
-    const vf x = load(at), g = load(gy_at), u = x * l.scale, product = g * x;
+// Returns gz, and sums gy and gy z over each piece: not over all above a threshold, differences of
+// those would cancel.
+template <int P>
+struct Unbend {
+  const Lines& l;
+  vf of_g[P ? P : MOST] = {}, of_gz[P ? P : MOST] = {};
+
+  vf operator()(vf x, vf g) {
+    const int pieces = P ? P : l.pieces;
+    const vf u = x * l.scale, product = g * x;
     vf slope = splat(l.slope[0]);
     mask above = everywhere();
     for (int p = 0; p < pieces - 1; p++) {
@@ -185,9 +188,97 @@ void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
     }
     of_g[pieces - 1] = add_where(above, of_g[pieces - 1], g);
     of_gz[pieces - 1] = add_where(above, of_gz[pieces - 1], product);
-    store(at, slope * g);
-  });
-  for (int p = 0; p < pieces; p++) sums[p] = sum(of_g[p]), sums[pieces + p] = sum(of_gz[p]);
+    return slope * g;
+  }
+
+  void write(double* sums) const {
+    for (int p = 0; p < l.pieces; p++)
+      sums[p] = sum(of_g[p]), sums[l.pieces + p] = sum(of_gz[p]);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// z = h B^T by tiles of VECS vectors of outputs, whose rows of B, PAIRS pairs each, stay in
+// registers, and HEIGHT rows of h: z is never in memory. All bf16: h (rows, r), B (out, r), and y,
+// gy, gz (rows, out).
+constexpr int64_t ROWS = 128;
+constexpr int HEIGHT = 4;
+
+template <int PAIRS, int VECS>
+struct Tile {
+  __m512bh b[VECS][PAIRS];
+
+  explicit Tile(const bf16* from) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i row = _mm512_mullo_epi32(lane, _mm512_set1_epi32(PAIRS));
+    for (int v = 0; v < VECS; v++)
+      for (int k = 0; k < PAIRS; k++) {
+        const auto* pairs = (const int32_t*)from + v * LANES * PAIRS + k;
+        b[v][k] = (__m512bh)_mm512_i32gather_epi32(row, pairs, 4);
+      }
+  }
+
+  template <int N>
+  void product(const bf16* h, vf (&z)[N][VECS]) const {
+    __m512 total[N][VECS];
+    for (int i = 0; i < N; i++)
+      for (int v = 0; v < VECS; v++) total[i][v] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (int k = 0; k < PAIRS; k++)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) {
+        int32_t pair;
+        std::memcpy(&pair, h + (i * PAIRS + k) * 2, 4);
+        const auto wide = (__m512bh)_mm512_set1_epi32(pair);
+        for (int v = 0; v < VECS; v++) total[i][v] = _mm512_dpbf16_ps(total[i][v], b[v][k], wide);
+      }
+    for (int i = 0; i < N; i++)
+      for (int v = 0; v < VECS; v++) z[i][v] = (vf)total[i][v];
+  }
+};
+
+// each(z, its place in y) for N rows from `row` on.
+template <int N, int PAIRS, int VECS, class F>
+inline void over_rows(const Tile<PAIRS, VECS>& tile, const bf16* h, int64_t row, int64_t out,
+                      int64_t n, F& each) {
+  vf z[N][VECS];
+  tile.product(h + row * 2 * PAIRS, z);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; i++)
+    for (int v = 0; v < VECS; v++) each(z[i][v], (row + i) * out + n + v * LANES);
+}
+
+template <int PAIRS, int VECS, class F>
+void over_tiles(const bf16* h, const bf16* b, int64_t from, int64_t to, int64_t out, F each) {
+  for (int64_t n = 0; n < out; n += VECS * LANES) {
+    const Tile<PAIRS, VECS> tile(b + n * 2 * PAIRS);
+    int64_t row = from;
+    for (; row + HEIGHT <= to; row += HEIGHT) over_rows<HEIGHT>(tile, h, row, out, n, each);
+    for (; row < to; row++) over_rows<1>(tile, h, row, out, n, each);
+  }
+}
+
+template <class F>
+void by_rank(int r, F run) {
+  using std::integral_constant;
+  if (r == 8) return run(integral_constant<int, 4>{}, integral_constant<int, 2>{});
+  if (r == 16) return run(integral_constant<int, 8>{}, integral_constant<int, 2>{});
+  run(integral_constant<int, 16>{}, integral_constant<int, 1>{});
+}
+#endif
+
+template <int P, class T>
+void forward(const Lines& l, T* z, int64_t n) {
+  const Bend<P> bend{l};
+  over(z, z, n, [&](T* at, const T*) { store(at, bend(load(at))); });
+}
+
+// z becomes gz; sums: (2, pieces), of gy and gy z.
+template <int P, class T>
+void backward(const Lines& l, T* z, const T* gy, int64_t n, double* sums) {
+  Unbend<P> unbend{l};
+  over(z, gy, n, [&](T* at, const T* gy_at) { store(at, unbend(load(at), load(gy_at))); });
+  unbend.write(sums);
 }
 
 template <class F>
@@ -232,6 +323,48 @@ void ll_spline_backward(const Spline* s, void* z, const void* gy, int64_t n, int
   else
     backward_blocks(l, (float*)z, (const float*)gy, n, sums);
 }
+
+// Rows whose sums go together in the two functions below; 0: this processor has not got them.
+int64_t ll_spline_rows() {
+#if defined(__AVX512BF16__)
+  return ROWS;
+#else
+  return 0;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// y = f(h B^T). r: 8, 16 or 32; out: a multiple of 32.
+void ll_spline_product_forward(const Spline* s, const bf16* h, const bf16* b, bf16* y, int64_t rows,
+                               int64_t out, int r) {
+  const Lines l = lines(*s);
+  unrolled(l.pieces, [&](auto p) {
+    by_rank(r, [&](auto pairs, auto vecs) {
+      const Bend<p> bend{l};
+      for (int64_t from = 0; from < rows; from += ROWS)
+        over_tiles<pairs, vecs>(h, b, from, std::min(rows, from + ROWS), out,
+                                [&](vf z, int64_t at) { store(y + at, bend(z)); });
+    });
+  });
+}
+
+// gz from h, B and gy. sums: (ceil(rows / ROWS), 2, pieces).
+void ll_spline_product_backward(const Spline* s, const bf16* h, const bf16* b, const bf16* gy,
+                                bf16* gz, int64_t rows, int64_t out, int r, double* sums) {
+  const Lines l = lines(*s);
+  unrolled(l.pieces, [&](auto p) {
+    by_rank(r, [&](auto pairs, auto vecs) {
+      for (int64_t from = 0; from < rows; from += ROWS, sums += 2 * l.pieces) {
+        Unbend<p> unbend{l};
+        over_tiles<pairs, vecs>(
+            h, b, from, std::min(rows, from + ROWS), out,
+            [&](vf z, int64_t at) { store(gz + at, unbend(z, load(gy + at))); });
+        unbend.write(sums);
+      }
+    });
+  });
+}
+#endif
 
 // From the sums, out (knots + 3,): gradients of the values, input_scale, output_scale, gate.
 void ll_spline_gradients(const Spline* s, const double* sums, int64_t blocks, float* out) {

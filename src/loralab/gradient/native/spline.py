@@ -43,7 +43,14 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.ll_spline_forward.argtypes = [spline, pointer, count, ctypes.c_int]
     lib.ll_spline_backward.argtypes = [spline, pointer, pointer, count, ctypes.c_int, pointer]
     lib.ll_spline_gradients.argtypes = [spline, pointer, count, pointer]
-    for name in ("forward", "backward", "gradients"):
+    lib.ll_spline_rows.restype = count
+    returning = ["forward", "backward", "gradients"]
+    if lib.ll_spline_rows():
+        sizes = [count, count, ctypes.c_int]
+        lib.ll_spline_product_forward.argtypes = [spline, *[pointer] * 3, *sizes]
+        lib.ll_spline_product_backward.argtypes = [spline, *[pointer] * 4, *sizes, pointer]
+        returning += ["product_forward", "product_backward"]
+    for name in returning:
         getattr(lib, f"ll_spline_{name}").restype = None
     return lib
 
@@ -55,6 +62,7 @@ class SplineKernel:
         self.lib = lib
         self.block = int(lib.ll_spline_block())
         self.most_pieces = int(lib.ll_spline_most())
+        self.rows = int(lib.ll_spline_rows())
 
     def takes(self, z: Tensor, curve: Curve) -> bool:
         """Whether it can run this."""
@@ -65,50 +73,112 @@ class SplineKernel:
             and curve.pieces <= self.most_pieces
         )
 
+    def takes_product(self, h: Tensor, b: Tensor) -> bool:
+        """Whether it can also make z = h B^T itself, in fp32 and never in memory."""
+        return (
+            self.rows > 0
+            and h.dtype == b.dtype == torch.bfloat16
+            and h.shape[1] in (8, 16, 32)
+            and b.shape[0] % 32 == 0
+            and h.is_contiguous()
+            and b.is_contiguous()
+        )
+
+    def product_forward(self, h: Tensor, b: Tensor, curve: Curve) -> Tensor:
+        """The output for z = h B^T; h (rows, r), b (out, r), `takes_product`."""
+        spline, (rows, rank), out = _described(curve), h.shape, b.shape[0]
+        y = torch.empty(rows, out, dtype=h.dtype)
+        at_h, at_b, at_y = h.data_ptr(), b.data_ptr(), y.data_ptr()
+
+        def part(start: int, stop: int) -> None:
+            self.lib.ll_spline_product_forward(
+                spline,
+                at_h + 2 * start * rank,
+                at_b,
+                at_y + 2 * start * out,
+                stop - start,
+                out,
+                rank,
+            )
+
+        _in_parts(rows, self.rows, out, part)
+        return y
+
+    def product_backward(
+        self, h: Tensor, b: Tensor, gy: Tensor, curve: Curve
+    ) -> tuple[Tensor, Tensor]:
+        """As `backward` for z = h B^T; gy (rows, out) contiguous."""
+        spline, (rows, rank), out = _described(curve), h.shape, b.shape[0]
+        gz = torch.empty_like(gy)
+        blocks, stride = -(-rows // self.rows), 2 * curve.pieces * 8
+        sums = torch.empty(blocks, 2, curve.pieces, dtype=torch.float64)
+        at_h, at_b, at_gy, at_gz = h.data_ptr(), b.data_ptr(), gy.data_ptr(), gz.data_ptr()
+        at_sums = sums.data_ptr()
+
+        def part(start: int, stop: int) -> None:
+            self.lib.ll_spline_product_backward(
+                spline,
+                at_h + 2 * start * rank,
+                at_b,
+                at_gy + 2 * start * out,
+                at_gz + 2 * start * out,
+                stop - start,
+                out,
+                rank,
+                at_sums + start // self.rows * stride,
+            )
+
+        _in_parts(rows, self.rows, out, part)
+        return gz, self._gradients(spline, sums, curve)
+
     def forward(self, z: Tensor, curve: Curve) -> Tensor:
         """z contiguous, overwritten with the output."""
-        spline = _described(curve)
+        spline, at_z = _described(curve), z.data_ptr()
         width, is_bf16 = z.element_size(), z.dtype == torch.bfloat16
 
         def part(start: int, stop: int) -> None:
-            self.lib.ll_spline_forward(spline, z.data_ptr() + start * width, stop - start, is_bf16)
+            self.lib.ll_spline_forward(spline, at_z + start * width, stop - start, is_bf16)
 
-        self._in_parts(z.numel(), part)
+        _in_parts(z.numel(), self.block, 1, part)
         return z
 
     def backward(self, z: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
         """z and gy contiguous, of one type; z is overwritten with its gradient."""
-        spline = _described(curve)
+        spline, at_z, at_gy = _described(curve), z.data_ptr(), gy.data_ptr()
         width, is_bf16 = z.element_size(), z.dtype == torch.bfloat16
-        at_z, at_gy = z.data_ptr(), gy.data_ptr()
-        blocks = -(-z.numel() // self.block)
+        blocks, stride = -(-z.numel() // self.block), 2 * curve.pieces * 8
         sums = torch.empty(blocks, 2, curve.pieces, dtype=torch.float64)
-        stride = 2 * curve.pieces * 8
+        at_sums = sums.data_ptr()
 
         def part(start: int, stop: int) -> None:
             self.lib.ll_spline_backward(
                 spline,
-                z.data_ptr() + start * width,
-                gy.data_ptr() + start * width,
+                at_z + start * width,
+                at_gy + start * width,
                 stop - start,
                 is_bf16,
-                sums.data_ptr() + start // self.block * stride,
+                at_sums + start // self.block * stride,
             )
 
-        self._in_parts(z.numel(), part)
-        gradients = torch.empty(curve.deviation.shape[0] + 3)
-        self.lib.ll_spline_gradients(spline, sums.data_ptr(), blocks, gradients.data_ptr())
-        return z, gradients
+        _in_parts(z.numel(), self.block, 1, part)
+        return z, self._gradients(spline, sums, curve)
 
-    def _in_parts(self, count: int, part: Callable[[int, int], None]) -> None:
-        threads = torch.get_num_threads()
-        if threads == 1 or count < PARALLEL:
-            part(0, count)
-            return
-        size = -(-count // (threads * self.block)) * self.block
-        starts = range(0, count, size)
-        # ctypes lets go of the interpreter's lock while the kernel runs.
-        list(_pool(threads).map(part, starts, [min(at + size, count) for at in starts]))
+    def _gradients(self, spline: _Spline, sums: Tensor, curve: Curve) -> Tensor:
+        gradients = torch.empty(curve.deviation.shape[0] + 3)
+        self.lib.ll_spline_gradients(spline, sums.data_ptr(), sums.shape[0], gradients.data_ptr())
+        return gradients
+
+
+def _in_parts(count: int, block: int, size: int, part: Callable[[int, int], None]) -> None:
+    """part(start, stop) over `count` things of `size` elements, by threads in whole blocks."""
+    threads = torch.get_num_threads()
+    if threads == 1 or count * size < PARALLEL:
+        part(0, count)
+        return
+    step = -(-count // (threads * block)) * block
+    starts = range(0, count, step)
+    # ctypes lets go of the interpreter's lock while the kernel runs.
+    list(_pool(threads).map(part, starts, [min(at + step, count) for at in starts]))
 
 
 @cache
