@@ -23,8 +23,9 @@ from loralab.evaluate import evaluate, open_engine
 from loralab.gradient import attention
 from loralab.gradient.events import StepDone, TrainingEvent
 from loralab.gradient.fine_tune import FineTuned, fine_tune
+from loralab.gradient.loop import NonFiniteError, checkpoints, total_steps
 from loralab.gradient.rows import Row, prepare
-from loralab.gradient.sft import NonFiniteError, checkpoints, total_steps, train
+from loralab.gradient.sft import train
 from loralab.run import Run
 from loralab.tasks.supervised import task_of
 

@@ -94,7 +94,7 @@ def _evolve(config: EvolveConfig, run: Run, on_event: OnEvent) -> Result:
 
 def _fine_tune(config: SftConfig, run: Run, on_event: OnEvent) -> Result:
     from loralab.gradient.fine_tune import fine_tune
-    from loralab.gradient.sft import NonFiniteError
+    from loralab.gradient.loop import NonFiniteError
 
     def said(name: str) -> None:
         on_event(Notice(f"{name}: stopping after the step in flight; again to stop at once"))

@@ -20,8 +20,9 @@ from loralab.errors import UserError
 from loralab.gradient.events import OnTrainingEvent, Remark, ignore
 from loralab.gradient.fine_tune import trainable
 from loralab.gradient.judge import Judge
+from loralab.gradient.loop import NonFiniteError, quiet
 from loralab.gradient.rows import Row, rows_of_task
-from loralab.gradient.sft import NonFiniteError, quiet, train
+from loralab.gradient.sft import train
 from loralab.models.load import load
 from loralab.run import Run
 from loralab.tasks.supervised import task_of

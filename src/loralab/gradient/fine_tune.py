@@ -21,9 +21,10 @@ from loralab.gradient.events import (
     ignore,
 )
 from loralab.gradient.judge import Judge, score_row
+from loralab.gradient.loop import NonFiniteError, checkpoints, quiet, step_of, total_steps
 from loralab.gradient.outputs import rewind, save_trained
 from loralab.gradient.rows import Prepared, Row, rows_of_task
-from loralab.gradient.sft import NonFiniteError, checkpoints, quiet, step_of, total_steps, train
+from loralab.gradient.sft import train
 from loralab.rollouts import Rollout, completion_rows, plain
 from loralab.run import Run
 from loralab.tasks.supervised import task_of

@@ -4,82 +4,27 @@ The loop, the optimiser, the schedule, checkpoints and many machines are TRL's a
 (SFTTrainer on Trainer on Accelerate). Ours are the rows (see `rows`), and where the model is of a
 kind that allows it, the step: the loss on learned tokens alone (`loss`), sequences end to end
 instead of padding (`attention`), fused LoRA products (`fast`).
-
-A checkpoint holds the adapter in safetensors, and the state of optimiser, schedule and random
-numbers as the Trainer writes them with torch.save; they are read back with weights_only=True,
-which makes tensors and plain containers and runs no code. The Trainer's pickled arguments are
-not kept.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from math import ceil, isfinite
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from loralab import durable
 from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient import attention, loss
-from loralab.gradient.collate import as_record, as_row, flatten, pad, token_count
+from loralab.gradient.collate import as_record, as_row, flatten, pad
+from loralab.gradient.loop import History, Watched, arguments, fast_lora, forward_kept, quiet
 from loralab.gradient.rows import Row, pack
-
-_log = logging.getLogger(__name__)
-
-
-class NonFiniteError(UserError):
-    """A loss or gradient norm that is no number. The weights are those of the step before.
-
-    step: counts from 1, the step that was not made.
-    """
-
-    def __init__(self, step: int, what: str, value: float) -> None:
-        self.step = step
-        super().__init__(
-            f"step {step}: {what} is {value}; stopped before it reached the weights. Lower "
-            "training.lr, lengthen training.warmup, or set training.max_grad_norm=1"
-        )
-
-
-@dataclass(frozen=True)
-class History:
-    """How training went, one entry a step since its beginning.
-
-    losses: mean negative log-likelihood per learned token, in nats. grad_norms: before clipping.
-    tokens: through the model in this session, padding left out, in `seconds` of making steps.
-    complete: False if a callback stopped it. notes: what was not done the fast way, and why.
-    """
-
-    losses: tuple[float, ...]
-    grad_norms: tuple[float, ...]
-    learning_rates: tuple[float, ...]
-    tokens: int
-    seconds: float
-    complete: bool
-    notes: tuple[str, ...]
-
-    @property
-    def steps(self) -> int:
-        return len(self.losses)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 def train(
@@ -119,9 +64,19 @@ def train(
         rows = pack(rows, settings.max_length)
     with ExitStack() as stack:
         folder = output_dir or Path(stack.enter_context(TemporaryDirectory()))
-        stack.enter_context(_forward_kept(model, causal))
+        stack.enter_context(forward_kept(model, causal))
         stack.enter_context(quiet())
-        arguments = _arguments(model, settings, seed, folder, autocast, output_dir is not None)
+        trl = arguments(
+            TrlConfig,
+            model,
+            settings,
+            seed,
+            folder,
+            autocast,
+            keep=output_dir is not None,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
         def collate(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -131,7 +86,7 @@ def train(
         try:
             trainer = _Trainer(
                 model=model,
-                args=arguments,
+                args=trl,
                 data_collator=collate,
                 train_dataset=Dataset.from_list([as_record(row) for row in rows]),
                 processing_class=tokenizer,
@@ -144,7 +99,7 @@ def train(
         # It would write its tokens into the model's config, and itself into each checkpoint.
         trainer.processing_class = None
         if settings.fast:
-            notes += stack.enter_context(_fast_lora(model))
+            notes += stack.enter_context(fast_lora(model))
         if labelled:
             stack.enter_context(loss.labelled_head(causal))
         stack.enter_context(attention.named_attention(causal, attention.NAME if flat else None))
@@ -152,16 +107,7 @@ def train(
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         finally:
             model.eval()
-    steps = [row for row in trainer.state.log_history if "loss" in row]
-    return History(
-        losses=tuple(float(row["loss"]) for row in steps),
-        grad_norms=tuple(float(row["grad_norm"]) for row in steps),
-        learning_rates=tuple(float(row["learning_rate"]) for row in steps),
-        tokens=trainer.tokens_here,
-        seconds=trainer.seconds_here,
-        complete=trainer.state.global_step >= trainer.state.max_steps,
-        notes=notes,
-    )
+    return History.of(trainer, notes)
 
 
 def _plan(causal: Any, settings: TrainingConfig) -> tuple[tuple[str, ...], bool, bool]:
@@ -183,68 +129,16 @@ def _plan(causal: Any, settings: TrainingConfig) -> tuple[tuple[str, ...], bool,
     return tuple(notes), flat, from_loss is None
 
 
-def _arguments(
-    model: Any,
-    settings: TrainingConfig,
-    seed: int,
-    folder: Path,
-    autocast: bool,
-    checkpoints: bool,
-) -> TrlConfig:
-    length: dict[str, Any] = (
-        {"max_steps": settings.steps}
-        if settings.steps is not None
-        else {"num_train_epochs": settings.epochs}
-    )
-    schedule = settings.schedule
-    if schedule == "constant" and settings.warmup:
-        schedule = "constant_with_warmup"  # type: ignore[assignment]
-    try:
-        return TrlConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.grad_accumulation,
-            learning_rate=settings.lr,
-            lr_scheduler_type=schedule,
-            warmup_steps=settings.warmup,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            optim=settings.optimizer,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            seed=seed % 2**32,
-            bf16=autocast,
-            use_cpu=next(model.parameters()).device.type == "cpu",
-            logging_strategy="steps",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if checkpoints else "no",
-            save_steps=settings.save_every,
-            save_total_limit=2,
-            report_to=list(settings.report_to) or "none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            remove_unused_columns=False,
-            max_length=None,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            **length,
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from error
-
-
-class _Trainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's, with our loss where the model allows it and every number looked at as it comes."""
+class _Trainer(Watched, SFTTrainer):  # type: ignore[misc]
+    """TRL's, with our loss where the model allows it."""
 
     own_loss = False
-    tokens_here = 0
-    seconds_here = 0.0
     # The loss is divided by the learned tokens of the whole update, not of each batch.
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True
-        self._step_began = perf_counter()
 
     def compute_loss(
         self,
@@ -260,137 +154,3 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             value = value * self.accelerator.num_processes
         return (value, outputs) if return_outputs else value
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        value: Tensor = super().training_step(*args, **kwargs)
-        self._check("the loss", float(value))
-        return value
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._check("the gradient's norm", float(norm))
-        return norm
-
-    def _check(self, what: str, value: float) -> None:
-        if not isfinite(value):
-            raise NonFiniteError(self.state.global_step + 1, what, value)
-
-    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
-        count = token_count(inputs)
-        self.tokens_here += count
-        self.state.num_input_tokens_seen += count
-
-    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        return 0
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        now = perf_counter()
-        logs["tokens"] = self.state.num_input_tokens_seen
-        if "loss" in logs:
-            logs["seconds"] = now - self._step_began
-            self.seconds_here += logs["seconds"]
-        super().log(logs, start_time)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._step_began = perf_counter()
-        return super().get_batch_samples(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The model alone: no pickled arguments, and no question to the hub about embeddings."""
-        folder = output_dir or self.args.output_dir
-        peft = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
-        self.model.save_pretrained(folder, state_dict=state_dict, **peft)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint appears whole: written under another name, then renamed."""
-        place = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        draft = place / f"{durable.TEMPORARY_PREFIX}checkpoint"
-        with durable.explain_os_errors(place):
-            shutil.rmtree(draft, ignore_errors=True)
-            self.args.output_dir = str(draft)
-            try:
-                Trainer._save_checkpoint(self, model, trial)
-            finally:
-                self.args.output_dir = str(place)
-            for file in (draft / name).rglob("*"):
-                if file.is_file():
-                    durable.sync_file(file)
-            shutil.rmtree(place / name, ignore_errors=True)
-            os.replace(draft / name, place / name)
-            draft.rmdir()
-            durable.sync_folder(place)
-        for old in checkpoints(place)[: -self.args.save_total_limit]:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def total_steps(rows: int, settings: TrainingConfig) -> int:
-    """How many updates the settings ask for, of this many rows (before packing)."""
-    if settings.steps is not None:
-        return settings.steps
-    batches = ceil(rows / settings.batch_size)
-    return ceil(ceil(batches / settings.grad_accumulation) * (settings.epochs or 0))
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
-    found = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The number of steps that were made when a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-@contextmanager
-def _forward_kept(*models: Any) -> Iterator[None]:
-    """Take out again what TRL and Accelerate put over `forward`, or calls would pile up."""
-    before = [model.__dict__.get("forward") for model in models]
-    try:
-        yield
-    finally:
-        for model, forward in zip(models, before, strict=True):
-            if forward is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = forward
-
-
-@contextmanager
-def _fast_lora(model: Any) -> Iterator[tuple[str, ...]]:
-    """Fused LoRA products while it trains, and what to say of layers that cannot have them.
-
-    A model that was patched before stays so.
-    """
-    from loralab.gradient import fast
-
-    before = fast.report(model).taken
-    fast.patch(model)
-    now = fast.report(model)
-    try:
-        yield (str(now),) if now.left else ()
-    finally:
-        if not before:
-            fast.unpatch(model)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' advice, which would write over a live display; failures raise."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            # TRL itself uses names that Transformers has deprecated.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.filterwarnings("ignore", message=".*is deprecated and will be removed")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)

@@ -1,0 +1,297 @@
+"""What every training loop here shares: Transformers' Trainer, watched, its checkpoints whole.
+
+The loop, the optimiser, the schedule and many machines are the Trainer's (on Accelerate). Ours are
+the eyes on it: each number is looked at as it comes, each step says what it did and how long it
+took.
+
+A checkpoint holds the adapter in safetensors, and the state of optimiser, schedule and random
+numbers as the Trainer writes them with torch.save; they are read back with weights_only=True,
+which makes tensors and plain containers and runs no code. The Trainer's pickled arguments are
+not kept.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil, isfinite
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from loralab import durable
+from loralab.config import TrainingConfig
+from loralab.errors import UserError
+from loralab.gradient.collate import token_count
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient norm that is no number. The weights are those of the step before.
+
+    step: counts from 1, the step that was not made.
+    """
+
+    def __init__(self, step: int, what: str, value: float) -> None:
+        self.step = step
+        super().__init__(
+            f"step {step}: {what} is {value}; stopped before it reached the weights. Lower "
+            "training.lr, lengthen training.warmup, or set training.max_grad_norm=1"
+        )
+
+
+@dataclass(frozen=True)
+class History:
+    """How training went, one entry a step since its beginning.
+
+    losses: mean negative log-likelihood per learned token, in nats. grad_norms: before clipping.
+    tokens: through the model in this session, padding left out, in `seconds` of making steps.
+    complete: False if a callback stopped it. notes: what was not done the fast way, and why.
+    """
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+    tokens: int
+    seconds: float
+    complete: bool
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @staticmethod
+    def of(trainer: Watched, notes: tuple[str, ...]) -> History:
+        """What a trainer that has run its steps did."""
+        steps = [row for row in trainer.state.log_history if "loss" in row]
+        return History(
+            losses=tuple(float(row["loss"]) for row in steps),
+            grad_norms=tuple(float(row["grad_norm"]) for row in steps),
+            learning_rates=tuple(float(row["learning_rate"]) for row in steps),
+            tokens=trainer.tokens_here,
+            seconds=trainer.seconds_here,
+            complete=trainer.state.global_step >= trainer.state.max_steps,
+            notes=notes,
+        )
+
+
+def arguments(
+    kind: type[TrainingArguments],
+    model: Any,
+    settings: TrainingConfig,
+    seed: int,
+    folder: Path,
+    autocast: bool,
+    keep: bool,
+    **more: Any,
+) -> Any:
+    """The Trainer's arguments of this kind, from a config's `training` section.
+
+    keep: whether checkpoints are written. more: arguments of that kind alone.
+
+    Raises:
+        UserError: an optimizer or tracker that is not there.
+    """
+    length: dict[str, Any] = (
+        {"max_steps": settings.steps}
+        if settings.steps is not None
+        else {"num_train_epochs": settings.epochs}
+    )
+    schedule = settings.schedule
+    if schedule == "constant" and settings.warmup:
+        schedule = "constant_with_warmup"  # type: ignore[assignment]
+    try:
+        return kind(
+            output_dir=str(folder),
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accumulation,
+            learning_rate=settings.lr,
+            lr_scheduler_type=schedule,
+            warmup_steps=settings.warmup,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            optim=settings.optimizer,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            seed=seed % 2**32,
+            bf16=autocast,
+            use_cpu=next(model.parameters()).device.type == "cpu",
+            logging_strategy="steps",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if keep else "no",
+            save_steps=settings.save_every,
+            save_total_limit=2,
+            report_to=list(settings.report_to) or "none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            **length,
+            **more,
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
+
+
+class Watched(Trainer):  # type: ignore[misc]
+    """A Trainer that stops at a number that is not finite and logs each step in full."""
+
+    tokens_here = 0
+    seconds_here = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._step_began = perf_counter()
+        self._noted: dict[str, list[float]] = {}
+
+    def note(self, **values: float) -> None:
+        """Numbers for the step's line of the log; the mean over the calls in one step."""
+        for name, value in values.items():
+            self._noted.setdefault(name, []).append(value)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        value: Tensor = super().training_step(*args, **kwargs)
+        self._check("the loss", float(value))
+        return value
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check("the gradient's norm", float(norm))
+        return norm
+
+    def _check(self, what: str, value: float) -> None:
+        if not isfinite(value):
+            raise NonFiniteError(self.state.global_step + 1, what, value)
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
+        count = token_count(inputs)
+        self.tokens_here += count
+        self.state.num_input_tokens_seen += count
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        now = perf_counter()
+        logs["tokens"] = self.state.num_input_tokens_seen
+        if "loss" in logs:
+            logs["seconds"] = now - self._step_began
+            self.seconds_here += logs["seconds"]
+            logs |= {name: fmean(values) for name, values in self._noted.items()}
+            self._noted.clear()
+        super().log(logs, start_time)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._step_began = perf_counter()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The model alone: no pickled arguments, and no question to the hub about embeddings."""
+        folder = output_dir or self.args.output_dir
+        peft = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+        self.model.save_pretrained(folder, state_dict=state_dict, **peft)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint appears whole: written under another name, then renamed."""
+        place = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        draft = place / f"{durable.TEMPORARY_PREFIX}checkpoint"
+        with durable.explain_os_errors(place):
+            shutil.rmtree(draft, ignore_errors=True)
+            self.args.output_dir = str(draft)
+            try:
+                Trainer._save_checkpoint(self, model, trial)
+            finally:
+                self.args.output_dir = str(place)
+            for file in (draft / name).rglob("*"):
+                if file.is_file():
+                    durable.sync_file(file)
+            shutil.rmtree(place / name, ignore_errors=True)
+            os.replace(draft / name, place / name)
+            draft.rmdir()
+            durable.sync_folder(place)
+        for old in checkpoints(place)[: -self.args.save_total_limit]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def total_steps(rows: int, settings: TrainingConfig) -> int:
+    """How many updates the settings ask for, of this many rows (before packing)."""
+    if settings.steps is not None:
+        return settings.steps
+    batches = ceil(rows / settings.batch_size)
+    return ceil(ceil(batches / settings.grad_accumulation) * (settings.epochs or 0))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = [
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps that were made when a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextmanager
+def forward_kept(*models: Any) -> Iterator[None]:
+    """Take out again what TRL and Accelerate put over `forward`, or calls would pile up."""
+    before = [model.__dict__.get("forward") for model in models]
+    try:
+        yield
+    finally:
+        for model, forward in zip(models, before, strict=True):
+            if forward is None:
+                model.__dict__.pop("forward", None)
+            else:
+                model.__dict__["forward"] = forward
+
+
+@contextmanager
+def fast_lora(model: Any) -> Iterator[tuple[str, ...]]:
+    """Fused LoRA products while it trains, and what to say of layers that cannot have them.
+
+    A model that was patched before stays so.
+    """
+    from loralab.gradient import fast
+
+    before = fast.report(model).taken
+    fast.patch(model)
+    now = fast.report(model)
+    try:
+        yield (str(now),) if now.left else ()
+    finally:
+        if not before:
+            fast.unpatch(model)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' advice, which would write over a live display; failures raise."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            # TRL itself uses names that Transformers has deprecated.
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message=".*is deprecated and will be removed")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
