@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -304,6 +306,28 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "device is 'tpu9'" in refusal("smollm2", device="tpu9")
     monkeypatch.setattr("loralab.models.load._hub_reachable", lambda: False)
     assert "no network" in refusal("someone/some-model")
+
+
+def test_a_count_beyond_the_end_of_a_gguf_file_ends(tmp_path: Path, cache: Path) -> None:
+    """An array of 2^60 numbers in a file of a few bytes: refused, not read for ever."""
+    key = b"general.tags"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+    array = struct.pack("<IIQ", 9, 4, 2**60)
+    (tmp_path / "a.gguf").write_bytes(header + struct.pack("<Q", len(key)) + key + array)
+    assert "counts more than it holds" in refusal(tmp_path / "a.gguf")
+
+
+def test_one_message_of_bitsandbytes_is_hidden_and_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    code = "import sys, loralab.cli; sys.exit(loralab.cli.main(['inits']))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert (told.returncode, told.stderr) == (0, b"")
+    # A processor without AVX512-BF16 never says it.
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. ...", "x")
+    logger.warning("Failed to load something else: %s", "y")
+    assert [record.args for record in caplog.records] == [("y",)]
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from loralab.adapters.peft_types import register_when_imported
+from loralab.models.quiet import hide_kernel_advice
 
 if TYPE_CHECKING:
     from loralab.adapters.inits import initialize
@@ -28,6 +29,7 @@ _HOME = {
     "initialize": "loralab.adapters.inits",
 }
 
+hide_kernel_advice()
 register_when_imported()
 
 

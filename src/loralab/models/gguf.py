@@ -18,6 +18,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGUFReader
 from safetensors.torch import save_file
@@ -32,6 +33,19 @@ CONVERSION = 1
 
 SINGLE_DIGITS = {"smollm", "starcoder", "refact"}
 """Values of tokenizer.ggml.pre that mean GPT-2's pattern after cutting out each digit."""
+
+
+class Reader(GGUFReader):  # type: ignore[misc]
+    """Refuses to read past the end: an array that claims 2^60 elements would never be done.
+
+    Raises:
+        ValueError: the file ends early; and all sorts besides, as `gguf` does on damaged files.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends early, or counts more than it holds")
+        return super()._get(offset, dtype, count, override_order)
 
 
 def cache_root() -> Path:
@@ -81,7 +95,8 @@ def _convert_into(path: Path, target: Path, dtype: torch.dtype) -> None:
 
 def _convert(path: Path, into: Path, dtype: torch.dtype) -> None:
     try:
-        pre = GGUFReader(path).get_field("tokenizer.ggml.pre")
+        # Before Transformers, whose reader takes any count in the file for true.
+        pre = Reader(path).get_field("tokenizer.ggml.pre")
         with redirect_stderr(StringIO()):  # a progress bar that no setting switches off
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32

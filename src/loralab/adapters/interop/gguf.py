@@ -23,6 +23,7 @@ from loralab.adapters.interop.files import check_fit, check_values, checked
 from loralab.adapters.interop.peft import Reading, uniform
 from loralab.adapters.state import AdapterState, Factors
 from loralab.errors import UserError
+from loralab.models.gguf import Reader
 
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -66,7 +67,7 @@ def read_gguf(path: Path, base: BaseShape) -> Reading:
     """Read a GGUF LoRA adapter. Raises UserError if it is something else or does not fit."""
     architecture = _architecture(base)
     try:
-        reader = _Reader(path)
+        reader = Reader(path)
         kind, form = _field(reader, "general.type"), _field(reader, _TYPE)
         name, alpha = _field(reader, "general.architecture"), _field(reader, _ALPHA)
         tensors = {str(t.name): _tensor(t) for t in reader.tensors}
@@ -141,15 +142,6 @@ def _names(base: BaseShape, architecture: Any) -> Mapping[str, str]:
     table = gguf.get_tensor_name_map(architecture, base.layers)
     named = {m: table.get_name(f"{m}.weight", try_suffixes=(".weight",)) for m in base.shapes}
     return {module: name for module, name in named.items() if name is not None}
-
-
-class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """Refuses to read past the end: an array that claims 2^60 elements would never be done."""
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError("it ends early, or counts more than it holds")
-        return super()._get(offset, dtype, count, override_order)
 
 
 def _field(reader: Any, name: str) -> Any:
