@@ -15,7 +15,7 @@ from loralab.data.sources import Row, data_files, read_rows
 from loralab.errors import UserError
 from loralab.tasks.base import Split
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def rows_of_split(path: str, split: Split, subset: str | None = None) -> list[Row]:
@@ -29,7 +29,7 @@ def rows_of_split(path: str, split: Split, subset: str | None = None) -> list[Ro
         UserError: nothing at the path that can be read, or the hub cannot be reached.
     """
     local = Path(path).expanduser()
-    if not local.exists() and _HUB_NAME.fullmatch(path):
+    if not local.exists() and HUB_NAME.fullmatch(path):
         return _from_hub(path, split, subset)
     if not local.is_dir():
         raise UserError(f"{path}: expected a folder that holds train and test files, or a hub name")
