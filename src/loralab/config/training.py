@@ -80,15 +80,12 @@ class EvaluationConfig(Section):
     every: Positive | None = None
 
 
-class SftConfig(CommonConfig):
-    """Supervised fine-tuning: learn a task's gold answers, or completions from a file.
+class GradientConfig(CommonConfig):
+    """What every kind trained by gradient says.
 
-    Either `task` or `data` gives the rows. `full: true` trains the model itself, without adapter.
+    `full: true` trains the model itself, without adapter.
     """
 
-    kind: Literal["sft"]
-    task: TaskConfig | None = None
-    data: DataConfig | None = None
     adapter: AdapterConfig | None = AdapterConfig()
     full: bool = False
     training: TrainingConfig
@@ -103,9 +100,24 @@ class SftConfig(CommonConfig):
         return values
 
     @model_validator(mode="after")
-    def _consistent(self) -> SftConfig:
-        if (self.task is None) == (self.data is None):
-            raise ValueError("either task or data, which say what to learn")
+    def _adapter_or_full(self) -> GradientConfig:
         if self.full == (self.adapter is not None):
             raise ValueError("either adapter or full: true")
+        return self
+
+
+class SftConfig(GradientConfig):
+    """Supervised fine-tuning: learn a task's gold answers, or completions from a file.
+
+    Either `task` or `data` gives the rows.
+    """
+
+    kind: Literal["sft"]
+    task: TaskConfig | None = None
+    data: DataConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SftConfig:
+        if (self.task is None) == (self.data is None):
+            raise ValueError("either task or data, which say what to learn")
         return self

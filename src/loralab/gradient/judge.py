@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loralab.config import SftConfig
+from loralab.config.training import GradientConfig
 from loralab.engines.attention import attention_configs
 from loralab.engines.batched import BatchedEngine
 from loralab.gradient.attention import named_attention
@@ -26,9 +26,17 @@ class Judge:
     adapter, the model itself in training) the engine runs the model as it stands.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, config: SftConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        config: GradientConfig,
+        limit: int | None = None,
+    ) -> None:
+        """limit: examples answered, None as many as the config's evaluation says."""
         wanted = config.evaluation
-        examples = tuple(task.examples(wanted.split)[: wanted.limit])
+        examples = tuple(task.examples(wanted.split)[: wanted.limit if limit is None else limit])
         self.batch = Batch(task, wanted.split, examples, config.generation, str(config.seed))
         self._tokenizer = tokenizer
         self._threads = config.threads

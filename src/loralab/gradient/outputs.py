@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from loralab import durable
+from loralab.gradient.events import OnTrainingEvent, Remark
+from loralab.gradient.loop import NonFiniteError
 from loralab.run import Run
 
 
@@ -52,3 +56,29 @@ def rewind(run: Run, step: int) -> None:
         kept = [r for r in rows if r.get("step", 0) <= step and r.get("phase") != "after"]
         if len(kept) < len(rows):
             run.write(name, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+@contextmanager
+def kept_when_not_finite(model: Any, tokenizer: Any, base: str, run: Run) -> Iterator[None]:
+    """Save the weights of the step before, and say why, when training ends in a NonFiniteError."""
+    try:
+        yield
+    except NonFiniteError as error:
+        run.log_finding(
+            {
+                "what": "training stopped at a number that is not finite",
+                "why": str(error),
+                "advice": "adapter/ holds the weights of the step before; a lower learning rate "
+                "or a longer warm-up usually cures it",
+            }
+        )
+        save_trained(model, tokenizer, base, run)
+        raise
+
+
+def pass_on(notes: Sequence[str], run: Run, on_event: OnTrainingEvent) -> None:
+    """What a trainer had to say of its speed, into the run and to the display."""
+    if notes:
+        run.note(notes=list(notes))
+        for note in notes:
+            on_event(Remark(note))

@@ -1,0 +1,97 @@
+"""Each step of a training run, written into its directory as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loralab.config.training import GradientConfig
+from loralab.gradient.events import OnTrainingEvent, StepDone
+from loralab.run import Run
+from loralab.timings import Timings
+
+
+class Diary(TrainerCallback):  # type: ignore[misc]
+    """Writes each step and evaluation into the run directory, and stops when asked to.
+
+    evaluate: what an evaluation after this step adds to the step's line. columns: numbers of the
+    trainer's own log that go into the line beside those of every kind.
+    """
+
+    def __init__(
+        self,
+        config: GradientConfig,
+        run: Run,
+        timings: Timings,
+        on_event: OnTrainingEvent,
+        stopping: Callable[[], bool],
+        evaluate: Callable[[int], dict[str, Any]],
+        columns: Sequence[str] = (),
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._timings = timings
+        self._on_event = on_event
+        self._stopping = stopping
+        self._evaluate = evaluate
+        self._columns = tuple(columns)
+        self._tokens = 0
+        self._seconds: list[float] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._tokens = state.num_input_tokens_seen
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._stopping() and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        step, of, seconds = state.global_step, state.max_steps, float(logs["seconds"])
+        self._seconds.append(seconds)
+        tokens = logs["tokens"] - self._tokens
+        self._tokens = logs["tokens"]
+        row = {
+            "step": step,
+            "epoch": state.epoch,
+            "loss": logs["loss"],
+            "grad_norm": logs["grad_norm"],
+            "lr": logs["learning_rate"],
+            "tokens": logs["tokens"],
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds if seconds > 0 else None,
+            **{name: logs[name] for name in self._columns if name in logs},
+        }
+        every = self._config.evaluation.every
+        tested = every is not None and step % every == 0 and step < of
+        if tested:
+            row |= self._evaluate(step)
+        if tested or step % self._config.training.log_every == 0 or step in (1, of):
+            self._run.log_metrics(row)
+            self._timings.save(self._run.timings_path)
+        self._on_event(
+            StepDone(
+                step=step,
+                of=of,
+                loss=row["loss"],
+                grad_norm=row["grad_norm"],
+                lr=row["lr"],
+                tokens_per_second=row["tokens_per_second"] or 0.0,
+                time_left=sum(self._seconds) / len(self._seconds) * (of - step),
+            )
+        )

@@ -1,0 +1,133 @@
+"""Log-probabilities of the labelled tokens alone, with gradients, without the whole logits.
+
+    log p_t = log softmax((W h_t + b) / T)[label_t]
+
+Preference losses and policy gradients weigh each token by a number that is known only when all
+log-probabilities are. Since the gradient of log p_t by h_t does not depend on that weight, it is
+made in pieces on the way forward, as in `loss.py`, and scaled by the weight on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loralab.gradient.loss import PIECE, reason_against
+from loralab.gradient.rows import IGNORED
+
+LOG_PROBS, HIDDEN = "log_probs", "hidden"
+
+
+@contextmanager
+def labelled_log_probs(model: Any, temperature: float = 1.0) -> Iterator[None]:
+    """Within it, `model(..., labels=labels)` gives {"log_probs": (n,) float32}.
+
+    n: the labelled tokens, row by row; each is predicted from the token before it, and a row's
+    first token never is. model: the causal LM itself, not the PEFT model around it. A model that
+    is not known to be backbone and head computes its whole logits. Calls without labels are as
+    before.
+    """
+    before = model.__dict__.get("forward")
+    original = model.forward
+    plain_head = reason_against(model) is None
+
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kw: Any) -> Any:
+        if labels is None:
+            return original(*args, **kw)
+        targets = labels[:, 1:]
+        learned = targets != IGNORED
+        kw["use_cache"] = False
+        if plain_head:
+            hidden = getattr(self, self.base_model_prefix)(*args, **kw).last_hidden_state
+            head = self.get_output_embeddings()
+            picked = hidden[:, :-1][learned]
+            return {LOG_PROBS: token_log_probs(picked, targets[learned], head, temperature)}
+        logits = original(*args, **kw).logits[:, :-1][learned].float() / temperature
+        return {LOG_PROBS: -functional.cross_entropy(logits, targets[learned], reduction="none")}
+
+    model.forward = MethodType(forward, model)
+    try:
+        yield
+    finally:
+        if before is None:
+            model.__dict__.pop("forward", None)
+        else:
+            model.forward = before
+
+
+def token_log_probs(
+    hidden: Tensor, targets: Tensor, head: nn.Linear, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability (n,) float32 of each target.
+
+    hidden: (n, d), of the tokens before. targets: (n,). head: d -> vocabulary.
+    """
+    made: Tensor = _HeadLogProbs.apply(hidden, head.weight, head.bias, targets, temperature)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        """hidden (n, d), weight (v, d), bias (v) or None, targets (n)."""
+        needs_hidden, *needs_head = ctx.needs_input_grad[:3]
+        slopes = torch.zeros_like(hidden) if needs_hidden else None
+        found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for at in range(0, len(hidden), PIECE):
+            piece = slice(at, at + PIECE)
+            wanted = targets[piece, None]
+            log_p = _log_softmax(hidden[piece], weight, bias, temperature)
+            found[piece] = log_p.gather(1, wanted)[:, 0]
+            if slopes is not None:
+                slope = _toward(log_p, wanted, temperature)
+                slopes[piece] = slope.to(weight.dtype) @ weight
+        kept = (hidden, weight, bias) if any(needs_head) else (None, None, None)
+        ctx.save_for_backward(slopes, targets, *kept)
+        ctx.temperature = temperature
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad (n,): what each token's log-probability weighs."""
+        slopes, targets, hidden, weight, bias = ctx.saved_tensors
+        of_hidden = None if slopes is None else (slopes * grad[:, None]).to(slopes.dtype)
+        if weight is None:
+            return of_hidden, None, None, None, None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for at in range(0, len(hidden), PIECE):
+            piece = slice(at, at + PIECE)
+            log_p = _log_softmax(hidden[piece], weight, bias, ctx.temperature)
+            slope = _toward(log_p, targets[piece, None], ctx.temperature) * grad[piece, None]
+            if of_bias is not None:
+                of_bias += slope.sum(dim=0)
+            of_weight += slope.to(weight.dtype).t() @ hidden[piece].to(weight.dtype)
+        cast_bias = None if of_bias is None else of_bias.to(bias.dtype)
+        return of_hidden, of_weight.to(weight.dtype), cast_bias, None, None
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = functional.linear(hidden.to(weight.dtype), weight, bias)
+    if temperature != 1.0:
+        logits = logits.float() / temperature
+    return logits.log_softmax(dim=-1, dtype=torch.float32)
+
+
+def _toward(log_p: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Gradient (n, v) of the wanted log-probabilities by the logits; overwrites `log_p`."""
+    slope = log_p.exp_().neg_()
+    slope.scatter_add_(1, wanted, slope.new_ones(wanted.shape))
+    return slope if temperature == 1.0 else slope.div_(temperature)
