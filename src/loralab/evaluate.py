@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from safetensors import SafetensorError
-
 from loralab.adapters.state import AdapterState
 from loralab.adapters.targets import linear_weights
 from loralab.config import GenerationConfig
@@ -105,7 +103,7 @@ def open_engine(
     from loralab.engines.batched import BatchedEngine
     from loralab.models.load import load
 
-    state = None if adapter is None else _read(Path(adapter))
+    state = None if adapter is None else AdapterState.load(Path(adapter))
     loaded, tokenizer = load(model, dtype, device)
     if state is not None:
         _check_fit(state, loaded, f"adapter {adapter!r} is not for model {model!r}")
@@ -114,16 +112,6 @@ def open_engine(
         return engine, None
     engine.load({adapter: state})
     return engine, adapter
-
-
-def _read(directory: Path) -> AdapterState:
-    try:
-        return AdapterState.load(directory)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"adapter {str(directory)!r}: {error.filename}: {reason}") from error
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"adapter {str(directory)!r}: cannot be read: {error}") from error
 
 
 def _check_fit(state: AdapterState, model: Any, complaint: str) -> None:

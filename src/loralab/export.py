@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from loralab.adapters.delta import tuned_delta
+from loralab.adapters.files import check_fit, read_config, short
 from loralab.adapters.interop import (
     Reading,
     read_gguf,
@@ -23,7 +24,6 @@ from loralab.adapters.interop import (
     write_mlx,
 )
 from loralab.adapters.interop.base import describe_base
-from loralab.adapters.interop.files import check_fit, read_config, short
 from loralab.adapters.interop.merged import lora_deltas, merge, write_merged
 from loralab.adapters.interop.output import refuse_existing, whole
 from loralab.adapters.peft_types import AdapterType

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
+from loralab import durable
+from loralab.adapters.factors import Factors
+from loralab.adapters.plain_lora import read_plain
 
-class Factors(NamedTuple):
-    """The two factors of one module's update, dW = scaling * B @ A (out, in)."""
-
-    A: Tensor
-    """(r, in)"""
-    B: Tensor
-    """(out, r)"""
+__all__ = ["AdapterState", "Factors"]
 
 
 @dataclass(frozen=True)
@@ -55,13 +51,15 @@ class AdapterState:
     def save(self, directory: Path) -> None:
         """Write PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-        Rank and alpha are uniform here, so PEFT's own scaling (alpha / r) gives ours back.
+        PEFT's own scaling (alpha / r) gives ours back; modules of another rank than most are in
+        rank_pattern and alpha_pattern.
         """
+        if not self.factors:
+            raise ValueError("cannot save: the adapter has no factors")
         directory.mkdir(parents=True, exist_ok=True)
-        ranks = {f.A.shape[0] for f in self.factors.values()}
-        if len(ranks) != 1:
-            raise ValueError(f"cannot save: modules have different ranks {sorted(ranks)}")
-        rank = ranks.pop()
+        ranks = {name: f.A.shape[0] for name, f in self.factors.items()}
+        [(rank, _)] = Counter(ranks.values()).most_common(1)
+        others = {name: r for name, r in sorted(ranks.items()) if r != rank}
         tensors = {}
         for name, (a, b) in self.factors.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
@@ -72,6 +70,8 @@ class AdapterState:
             "base_model_name_or_path": self.base,
             "r": rank,
             "lora_alpha": self.scaling * rank,
+            "rank_pattern": others,
+            "alpha_pattern": {name: self.scaling * r for name, r in others.items()},
             "target_modules": sorted(self.factors),
             "lora_dropout": 0.0,
             "bias": "none",
@@ -79,25 +79,21 @@ class AdapterState:
             "inference_mode": True,
             **self.extra,
         }
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = directory / "adapter_model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
+        durable.make_readable(weights)
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @staticmethod
     def load(directory: Path) -> AdapterState:
-        """Read a PEFT LoRA adapter from a directory. Raises ValueError on any other kind."""
-        config = json.loads((directory / "adapter_config.json").read_text())
-        if config.get("peft_type") != "LORA":
-            raise ValueError(
-                f"{directory}: adapter type {config.get('peft_type')!r} is not plain LoRA"
-            )
-        tensors = load_file(directory / "adapter_model.safetensors")
-        suffix_a, prefix = ".lora_A.weight", "base_model.model."
-        factors = {}
-        for key, a in tensors.items():
-            if key.endswith(suffix_a):
-                name = key.removesuffix(suffix_a)
-                factors[name.removeprefix(prefix)] = Factors(a, tensors[f"{name}.lora_B.weight"])
-        rank = config["r"]
-        alpha = config["lora_alpha"]
-        scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-        return AdapterState(factors, scaling, base=config.get("base_model_name_or_path"))
+        """Read a plain LoRA adapter from a directory of PEFT's.
+
+        rsLoRA, rank_pattern and alpha_pattern are followed; ranks stay as they are, and what
+        scalings differ by is folded into B.
+
+        Raises:
+            UserError: the adapter is more than W + scaling * B A, or belongs to a base that an
+                initialisation changed, or its files are missing or damaged.
+        """
+        read = read_plain(directory)
+        return AdapterState(read.factors, read.scaling, base=read.base, extra=read.extra)

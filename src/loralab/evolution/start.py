@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from loralab.adapters.state import AdapterState, Factors
 from loralab.config import EvolveConfig
@@ -56,7 +55,7 @@ class Start:
                 AdapterState.load(folder / "adapter"),
                 AdapterState.load(taken) if taken.exists() else None,
             )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, UserError) as error:
             raise UserError(f"{folder}: the start of the search cannot be read: {error}") from error
 
 

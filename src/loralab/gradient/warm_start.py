@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
-from safetensors import SafetensorError
 
 from loralab.adapters.inits.base import Context, Facts, LoraInit
 from loralab.adapters.inits.blind import ZeroB
@@ -141,10 +140,8 @@ class WarmStart:
 def _from_disk(scene: Scene, directory: Path) -> Mapping[str, float]:
     try:
         state = AdapterState.load(directory)
-    except OSError as error:
-        raise UserError(f"warm_start: {error.filename}: {error.strerror or error}") from error
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"warm_start: {directory}: {error}") from error
+    except UserError as error:
+        raise UserError(f"warm_start: {error}") from error
     known = {site.name: site for site in scene.sites}
     if lost := sorted(set(state.factors) - set(known)):
         raise UserError(

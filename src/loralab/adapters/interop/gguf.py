@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loralab.adapters.files import check_fit, check_values, checked
 from loralab.adapters.interop.base import BaseShape
-from loralab.adapters.interop.files import check_fit, check_values, checked
 from loralab.adapters.interop.peft import Reading, uniform
 from loralab.adapters.state import AdapterState, Factors
 from loralab.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loralab.adapters.interop.files import short
+from loralab.adapters.files import short
 from loralab.adapters.state import AdapterState
 from loralab.errors import UserError
 

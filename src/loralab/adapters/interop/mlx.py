@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from loralab.adapters.interop.files import checked, plain_number, read_config, read_tensors
+from loralab.adapters.files import checked, plain_number, read_config, read_tensors
 from loralab.adapters.interop.peft import Reading
 from loralab.adapters.state import AdapterState
 from loralab.errors import UserError

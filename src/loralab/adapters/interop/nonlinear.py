@@ -18,7 +18,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import Tensor
 
 from loralab.adapters import LSLoraConfig, SineLoraConfig
-from loralab.adapters.interop.files import check_fit, checked, plain_number, read_tensors
+from loralab.adapters.files import check_fit, checked, plain_number, read_tensors
 from loralab.adapters.nonlinear import NonlinearLayer
 from loralab.adapters.state import AdapterState, Factors
 from loralab.adapters.targets import linear_weights

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loralab.adapters.state import Factors
+from loralab.adapters.factors import Factors
 from loralab.errors import UserError
 
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16}
