@@ -27,6 +27,7 @@ from loralab.evolution.events import (
 from loralab.gradient.events import (
     Answered,
     Answering,
+    Evaluated,
     Remark,
     StepDone,
     TrainingEnded,
@@ -77,8 +78,8 @@ class Display:
     def __call__(self, event: Event | TrainingEvent) -> None:
         match event:
             case (
-                TrainingStarted() | StepDone() | Answering() | Answered() | Remark()
-                | TrainingEnded()
+                TrainingStarted() | StepDone() | Answering() | Answered() | Evaluated()
+                | Remark() | TrainingEnded()
             ):  # fmt: skip
                 for line in self._training.take(event, live=self._live is not None):
                     self._say(line)
@@ -137,6 +138,7 @@ class _Training:
         self._started: TrainingStarted | None = None
         self._last: StepDone | None = None
         self._answered: Answered | None = None
+        self._evaluated: Evaluated | None = None
         self._answering: Answering | None = None
         self._losses: list[float] = []
 
@@ -160,6 +162,9 @@ class _Training:
             case Answered():
                 self._answered, self._answering = event, None
                 return [_answered_line(event)]
+            case Evaluated():
+                self._evaluated = event
+                return [_evaluated_line(event)]
             case Remark():
                 return [visible(event.text)]
             case TrainingEnded():
@@ -189,6 +194,8 @@ class _Training:
             parts.append(Text(self._asking(), style="dim"))
         if self._answered is not None:
             parts.append(_answer_panel(self._answered))
+        if self._evaluated is not None:
+            parts.append(_text_panel(self._evaluated))
         return Group(*parts)
 
     def _asking(self) -> str:
@@ -217,6 +224,19 @@ def _answered_line(event: Answered) -> str:
     who = "base" if event.step == 0 else f"step {event.step}"
     correct = "" if event.correct is None else f"  correct {share(event.correct)}"
     return f"{who}: held-out {number(event.reward)}{correct}  {_excerpt(event.completion, 60)!r}"
+
+
+def _evaluated_line(event: Evaluated) -> str:
+    held = "" if event.loss is None else f"held-out loss {number(event.loss)}  "
+    return f"step {event.step}: {held}{_excerpt(event.prompt + event.text, 80)!r}"
+
+
+def _text_panel(event: Evaluated) -> RenderableType:
+    body = Text()
+    body.append(_excerpt(event.prompt, LONGEST) + " ", style="dim")
+    body.append(_excerpt(event.text, LONGEST) or "(empty)")
+    title = Text(f"step {event.step}, held-out loss {number(event.loss)}")
+    return Panel(body, title=title, title_align="left", border_style="dim")
 
 
 def _answer_panel(event: Answered) -> RenderableType:

@@ -17,7 +17,18 @@ from loralab.engines.attention import attention_configs
 NAME = "loralab_sequences"
 
 MODEL_TYPES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gemma3_text", "gpt2"}
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "olmo2",
+        "smollm3",
+        "gemma3_text",
+        "gpt2",
+        "loralab_decoder",
+    }
 )
 """Models known to take their positions from position_ids and their attention from the interface."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loralab.config.pretrain import PretrainConfig
 from loralab.config.training import GradientConfig
 from loralab.gradient.events import OnTrainingEvent, StepDone
 from loralab.run import Run
@@ -22,7 +23,7 @@ class Diary(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        config: GradientConfig,
+        config: GradientConfig | PretrainConfig,
         run: Run,
         timings: Timings,
         on_event: OnTrainingEvent,

@@ -44,6 +44,17 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """A language model was tried. loss: per held-out token in nats, None where nothing is held
+    out. text: what it wrote after `prompt`."""
+
+    step: int
+    loss: float | None
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
 class StepDone:
     """An update of the weights was made. step counts from 1; time_left in seconds."""
 
@@ -71,7 +82,9 @@ class TrainingEnded:
     step: int
 
 
-TrainingEvent = TrainingStarted | Answering | Answered | StepDone | Remark | TrainingEnded
+TrainingEvent = (
+    TrainingStarted | Answering | Answered | Evaluated | StepDone | Remark | TrainingEnded
+)
 OnTrainingEvent = Callable[[TrainingEvent], None]
 
 

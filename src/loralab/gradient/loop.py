@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from loralab import durable
+from loralab.adapters.inits.progressive import callback_for
 from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient.collate import token_count
@@ -145,7 +146,10 @@ def arguments(
 
 
 class Watched(Trainer):  # type: ignore[misc]
-    """A Trainer that stops at a number that is not finite and logs each step in full."""
+    """A Trainer that stops at a number that is not finite and logs each step in full.
+
+    An adapter whose scaling is to rise from 0 (`progressive`) has it rise here.
+    """
 
     tokens_here = 0
     seconds_here = 0.0
@@ -154,6 +158,17 @@ class Watched(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._step_began = perf_counter()
         self._noted: dict[str, list[float]] = {}
+        self._rise = callback_for(self.model)
+        if self._rise is not None:
+            self.add_callback(self._rise)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._rise is not None:
+                # Also where it broke off: what is saved then has the strength it was trained with.
+                self._rise.schedule.finish(self.model)
 
     def note(self, **values: float) -> None:
         """Numbers for the step's line of the log; the mean over the calls in one step."""
@@ -286,7 +301,9 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             # TRL itself uses names that Transformers has deprecated.
@@ -295,3 +312,5 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -25,7 +25,18 @@ PIECE = 256
 """Learned tokens whose logits exist at one time."""
 
 MODEL_TYPES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3", "gemma3_text", "gpt2"}
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "olmo2",
+        "smollm3",
+        "gemma3_text",
+        "gpt2",
+        "loralab_decoder",
+    }
 )
 """Models whose `forward` is known to be backbone, head, loss, and nothing else."""
 
@@ -64,8 +75,13 @@ def labelled_head(model: Any) -> Iterator[None]:
         if labels is None:
             return original(*args, **kw)
         kw["use_cache"] = False
-        hidden = getattr(self, self.base_model_prefix)(*args, **kw).last_hidden_state
+        outputs = getattr(self, self.base_model_prefix)(*args, **kw)
+        hidden = outputs.last_hidden_state
         loss = labelled_loss(hidden, labels, self.get_output_embeddings(), num_items_in_batch)
+        if hasattr(self, "auxiliary_loss"):  # our decoder's, where it has experts
+            mask = kw.get("attention_mask")
+            extra = self.auxiliary_loss(outputs, labels, mask, num_items_in_batch)
+            loss = loss if extra is None else loss + extra
         return CausalLMOutputWithPast(loss=loss)
 
     model.forward = MethodType(forward, model)

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
+import loralab.models.decoder  # noqa: F401  makes the Auto classes know it
 from loralab.errors import UserError
 from loralab.models.gguf import as_directory
 from loralab.models.quiet import hide_kernel_advice
