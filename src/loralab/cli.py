@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
-_BENCHES = ("population", "adapters")
+_BENCHES = ("population", "inits", "adapters")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
