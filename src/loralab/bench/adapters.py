@@ -1,9 +1,9 @@
 """`loralab bench adapters`: the cost of a training step by kind of adapter, side by side.
 
-One step is forward, backward and AdamW on one batch, on one core. The ways take turns in one process and share
-the base model's weights; the floor is forward and backward (to the embeddings) of the frozen base
-without any adapter, which no adapter can undercut. Ratios compare processor time, round by round:
-what other work on the machine takes away falls out of them.
+One step is forward, backward and AdamW on one batch, on one core. The ways take turns in one
+process and share the base model's weights; the floor is forward and backward (to the embeddings)
+of the frozen base without any adapter, which no adapter can undercut. Ratios compare processor
+time, round by round: being descheduled falls out of them, a crowded cache does not.
 """
 
 from __future__ import annotations
