@@ -39,8 +39,8 @@ from loralab.evolution.start import Start
 from loralab.evolution.trainer import evolve
 from loralab.evolution.workbench import Workbench
 from loralab.gradient.ablation import mean_loss
-from loralab.gradient.rows import IGNORED, Row, rows_of_task
 from loralab.gradient.loop import quiet
+from loralab.gradient.rows import IGNORED, Row, rows_of_task
 from loralab.gradient.sft import train
 from loralab.models.load import load
 from loralab.rollouts import Batch, share_correct
