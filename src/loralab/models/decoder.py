@@ -132,6 +132,9 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.mlp: nn.Module = Experts(config) if config.num_experts else SwiGLU(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for name, module in self.named_modules():
+            if name.endswith(("o_proj", "out_proj", "down_proj")):
+                module.adds_to_stream = True
 
     def forward(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """x (rows, tokens, hidden) to the same shape, and router logits where there are experts."""
@@ -157,11 +160,11 @@ class DecoderPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Normal; what is added to the residual stream smaller by sqrt(2 layers), as in GPT-2."""
-        super()._init_weights(module)
-        std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-        for name in ("o_proj", "out_proj", "down_proj"):
-            if isinstance(linear := getattr(module, name, None), nn.Linear):
-                init.normal_(linear.weight, mean=0.0, std=std)
+        if isinstance(module, nn.Linear) and getattr(module, "adds_to_stream", False):
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(module.weight, mean=0.0, std=std)
+        else:
+            super()._init_weights(module)
 
 
 class DecoderModel(DecoderPreTrainedModel):
