@@ -21,6 +21,7 @@ out of it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -64,6 +65,16 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+@lru_cache(maxsize=64)
+def _knots(
+    count: int, k_min: float, k_max: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """A grid (count,) for all the splines that have it."""
+    from loralab.adapters.spline import knot_positions
+
+    return knot_positions(count, k_min, k_max, device).to(dtype)
+
+
 @torch.no_grad()
 def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _penalised:
@@ -71,11 +82,14 @@ def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     # An optimiser that unscales by itself still holds scaled gradients here.
     scale = getattr(optimizer, "grad_scale", None)
+    # By strength: a model has hundreds of splines of five numbers, and a call for each is slow.
+    alike: dict[tuple[float, torch.device, torch.dtype], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for spline in list(_penalised):
         values = spline.values
         if values.grad is None or id(values) not in trained or spline.reg_weight == 0:
             continue
-        knots = spline.knots()
+        grid = (spline.num_knots, spline.k_min, spline.k_max)
+        knots = _knots(*grid, values.device, values.dtype)
         if isinstance(values, DTensor):
             # Every process knows the whole grid: nothing to send.
             knots = distribute_tensor(
@@ -83,8 +97,17 @@ def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             )
         elif values.shape != knots.shape:
             continue  # a flattened shard, of which nobody says where it starts
-        pull = (values - knots) * (2 * spline.reg_weight / spline.num_knots)
-        values.grad.add_(pull if scale is None else pull * scale)
+        strength = 2 * spline.reg_weight / spline.num_knots
+        if scale is not None or isinstance(values, DTensor):
+            pull = (values - knots) * strength
+            values.grad.add_(pull if scale is None else pull * scale)
+        else:
+            key = (strength, values.device, values.dtype)
+            alike.setdefault(key, []).append((values.grad, values, knots))
+    for (strength, _, _), rows in alike.items():
+        gradients, values, knots = (list(column) for column in zip(*rows, strict=True))
+        torch._foreach_add_(gradients, values, alpha=strength)
+        torch._foreach_add_(gradients, knots, alpha=-strength)
 
 
 register_optimizer_step_pre_hook(_add_gradient)
