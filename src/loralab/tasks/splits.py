@@ -7,6 +7,7 @@ import random
 import re
 import socket
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -18,19 +19,21 @@ from loralab.tasks.base import Split
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def rows_of_split(path: str, split: Split, subset: str | None = None) -> list[Row]:
+def rows_of_split(
+    path: str, split: Split, subset: str | None = None, limit: int | None = None
+) -> list[Row]:
     """Rows of a split; [] where a local folder has no file of it.
 
     path: a folder with files named after their split (train.jsonl.gz, test.json, "val..." counts
         as test), or a hub name such as "openai/gsm8k", which is downloaded.
-    subset: the configuration of a hub dataset.
+    subset: the configuration of a hub dataset. limit: of its rows, None for all.
 
     Raises:
         UserError: nothing at the path that can be read, or the hub cannot be reached.
     """
     local = Path(path).expanduser()
     if not local.exists() and HUB_NAME.fullmatch(path):
-        return _from_hub(path, split, subset)
+        return _from_hub(path, split, subset, limit)
     if not local.is_dir():
         raise UserError(f"{path}: expected a folder that holds train and test files, or a hub name")
     wanted = ("train",) if split == "train" else ("test", "val", "dev")
@@ -41,7 +44,7 @@ def rows_of_split(path: str, split: Split, subset: str | None = None) -> list[Ro
     return []
 
 
-def _from_hub(name: str, split: Split, subset: str | None) -> list[Row]:
+def _from_hub(name: str, split: Split, subset: str | None, limit: int | None) -> list[Row]:
     mend = "give a folder that holds it as the task's option path"
     if not _reachable():
         raise UserError(
@@ -55,7 +58,8 @@ def _from_hub(name: str, split: Split, subset: str | None) -> list[Row]:
     except Exception as error:  # its errors are of many unrelated classes
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"dataset {name!r} cannot be had from the hub: {reason}; {mend}") from error
-    return [Row(dict(record), f"{name} {split} row {i}") for i, record in enumerate(table, 1)]
+    first = enumerate(islice(table, limit), 1)
+    return [Row(dict(record), f"{name} {split} row {i}") for i, record in first]
 
 
 def _reachable() -> bool:
