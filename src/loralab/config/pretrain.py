@@ -43,8 +43,9 @@ class SourceConfig(Section):
     rows with `text`. "pairs" is rows with `prompt` and `solution`, of which the solution alone is
     learned. subset: the configuration of a hub dataset. separator: text between documents; null
     takes a file as one document. weight: its share of the rows seen, beside the other sources'
-    weights; all sources have one, or none, which shows every row equally often. test_path:
-    held-out text; without it the last test_share of the documents, 0 for none.
+    weights; all sources have one, or none, which shows every row equally often. limit: documents
+    taken, null for all. test_path: held-out text; without it the last test_share of the documents,
+    0 for none.
     """
 
     path: str = Field(min_length=1)
@@ -53,6 +54,7 @@ class SourceConfig(Section):
     suffixes: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = (".txt", ".txt.gz")
     separator: str | None = Field(default=None, min_length=1)
     weight: float | None = Field(default=None, gt=0)
+    limit: Positive | None = None
     test_path: str | None = None
     test_share: float = Field(default=0.05, ge=0, lt=1)
 

@@ -87,13 +87,13 @@ def _halved(document: Document, share: float) -> list[Document]:
 def _documents(config: SourceConfig, path: str, split: Split) -> list[Document]:
     local = Path(path).expanduser()
     if not local.exists() and HUB_NAME.fullmatch(path):
-        rows = rows_of_split(path, split, config.subset)
+        rows = rows_of_split(path, split, config.subset, config.limit)
         found = [_of_row(row, config) for row in rows]
     elif config.format == "pairs" or (local.is_file() and local.name.endswith(SUFFIXES)):
         found = [_of_row(row, config) for row in read_rows(path)]
     else:
         found = [d for file in _text_files(local, config.suffixes) for d in _of_text(file, config)]
-    found = [document for document in found if document.text.strip()]
+    found = [document for document in found if document.text.strip()][: config.limit]
     if not found:
         raise UserError(f"{path}: holds no text")
     return found
