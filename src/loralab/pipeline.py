@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loralab import config as configs
-from loralab.config import AblationConfig, AnyConfig, EvolveConfig, SftConfig
+from loralab.config import (
+    AblationConfig,
+    AnyConfig,
+    DpoConfig,
+    EvolveConfig,
+    PretrainConfig,
+    SftConfig,
+)
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
 from loralab.evolution.start import START
@@ -80,6 +87,10 @@ def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
             result = _evolve(config, run, on_event)
         case SftConfig():
             result = _fine_tune(config, run, on_event)
+        case PretrainConfig():
+            result = _pretrain(config, run, on_event)
+        case DpoConfig():
+            result = _align(config, run, on_event)
         case AblationConfig():
             return _ablate(config, run, on_event)
     build_report(run.path)
@@ -94,6 +105,26 @@ def _evolve(config: EvolveConfig, run: Run, on_event: OnEvent) -> Result:
 
 def _fine_tune(config: SftConfig, run: Run, on_event: OnEvent) -> Result:
     from loralab.gradient.fine_tune import fine_tune
+
+    return _watched(fine_tune, config, run, on_event)
+
+
+def _pretrain(config: PretrainConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.pretrain import pretrain
+
+    return _watched(pretrain, config, run, on_event)
+
+
+def _align(config: DpoConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.align import align
+
+    return _watched(align, config, run, on_event)
+
+
+def _watched(
+    train: Callable[..., Result], config: AnyConfig, run: Run, on_event: OnEvent
+) -> Result:
+    """Train until it is done or a signal comes; what went wrong with numbers is on the page too."""
     from loralab.gradient.loop import NonFiniteError
 
     def said(name: str) -> None:
@@ -101,7 +132,7 @@ def _fine_tune(config: SftConfig, run: Run, on_event: OnEvent) -> Result:
 
     with Interrupt(said) as interrupt:
         try:
-            return fine_tune(config, run, on_event, lambda: interrupt.requested)
+            return train(config, run, on_event, lambda: interrupt.requested)
         except NonFiniteError:
             build_report(run.path)
             raise

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from loralab import tasks
-from loralab.config import AblationConfig, AnyConfig, EvolveConfig, SftConfig
+from loralab.config import (
+    AblationConfig,
+    AnyConfig,
+    DpoConfig,
+    EvolveConfig,
+    PretrainConfig,
+    SftConfig,
+    TrainingConfig,
+)
 
 
 def plan(config: AnyConfig) -> list[str]:
@@ -17,6 +25,10 @@ def plan(config: AnyConfig) -> list[str]:
             return _plan_evolution(config)
         case SftConfig():
             return _plan_training(config)
+        case PretrainConfig():
+            return _plan_pretraining(config)
+        case DpoConfig():
+            return _plan_preferences(config)
         case AblationConfig():
             first = config.config_of(config.variants[0].name, 0)
             count = len(config.variants) * len(config.seeds)
@@ -44,13 +56,45 @@ def _plan_training(config: SftConfig) -> list[str]:
 
     task, training, evaluation = task_of(config), config.training, config.evaluation
     train, test = len(task.examples("train")), len(task.examples("test"))
-    rows = training.batch_size * training.grad_accumulation
-    length = f"{training.epochs:g} epochs" if training.steps is None else f"{training.steps} steps"
     held_out = len(task.examples(evaluation.split)[: evaluation.limit])
     between = "" if evaluation.every is None else f", and every {evaluation.every} steps"
     return [
         f"task {task.name}: {train} training and {test} test examples",
-        f"{length} of {rows} rows each, up to {training.max_length} tokens a row",
+        _length(training),
         f"{held_out} {evaluation.split} examples answered before and after{between}, up to "
         f"{config.generation.max_new_tokens} tokens each",
     ]
+
+
+def _plan_pretraining(config: PretrainConfig) -> list[str]:
+    training, evaluation = config.training, config.evaluation
+    rows = training.batch_size * training.grad_accumulation
+    length = f"{training.epochs:g} passes" if training.steps is None else f"{training.steps} steps"
+    every = "" if evaluation.every is None else f" and every {evaluation.every} steps"
+    return [
+        f"{length} of {rows} rows, up to {training.max_length} tokens a row",
+        f"corpus: {', '.join(source.path for source in config.corpus)}",
+        f"held-out loss and {len(evaluation.prompts)} texts before, after{every}",
+    ]
+
+
+def _plan_preferences(config: DpoConfig) -> list[str]:
+    from loralab.gradient.preferences import Preferences
+
+    data, evaluation = Preferences(config.data, config.seed), config.evaluation
+    train, test = data.pairs("train"), data.pairs("test")
+    held_out = len(data.pairs(evaluation.split).pairs[: evaluation.limit])
+    left_out = ", ".join(f"{count} {why}" for why, count in train.dropped.items()) or "none"
+    return [
+        f"{len(train.pairs)} training and {len(test.pairs)} test pairs; left out of training: "
+        f"{left_out}",
+        _length(config.training),
+        f"margin of {held_out} {evaluation.split} pairs before and after, "
+        f"{config.dpo.texts} prompts answered",
+    ]
+
+
+def _length(training: TrainingConfig) -> str:
+    rows = training.batch_size * training.grad_accumulation
+    length = f"{training.epochs:g} epochs" if training.steps is None else f"{training.steps} steps"
+    return f"{length} of {rows} rows each, up to {training.max_length} tokens a row"

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from loralab.config.ablation import AblationConfig, VariantConfig
+from loralab.config.dpo import DpoConfig
 from loralab.config.evolve import (
     EvolutionConfig,
     EvolveConfig,
@@ -26,6 +27,7 @@ from loralab.config.evolve import (
     ScheduleConfig,
 )
 from loralab.config.explain import explained, shown
+from loralab.config.pretrain import PretrainConfig
 from loralab.config.sections import (
     AdapterConfig,
     CommonConfig,
@@ -46,6 +48,7 @@ __all__ = [
     "AnyConfig",
     "CommonConfig",
     "DataConfig",
+    "DpoConfig",
     "EngineConfig",
     "EvaluationConfig",
     "EvolutionConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "InitConfig",
     "Noise",
     "OptimizerConfig",
+    "PretrainConfig",
     "ScaleConfig",
     "ScheduleConfig",
     "Section",
@@ -68,10 +72,12 @@ __all__ = [
     "shipped",
 ]
 
-AnyConfig = EvolveConfig | SftConfig | AblationConfig
-KINDS: Mapping[str, type[EvolveConfig] | type[SftConfig] | type[AblationConfig]] = {
+AnyConfig = EvolveConfig | SftConfig | AblationConfig | PretrainConfig | DpoConfig
+KINDS: Mapping[str, type[AnyConfig]] = {
     "ablation": AblationConfig,
+    "dpo": DpoConfig,
     "evolve": EvolveConfig,
+    "pretrain": PretrainConfig,
     "sft": SftConfig,
 }
 
@@ -143,18 +149,22 @@ def parse_evolve(values: Mapping[str, Any], source: str) -> EvolveConfig:
 
 
 def _override(values: dict[str, Any], text: str) -> str:
-    """Apply one `a.b=value` to nested dicts in place; the key path it set."""
+    """Apply one `a.b=value` to nested dicts and lists in place; the key path it set."""
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"override {text!r}: expected key=value, as in evolution.population=16")
     at: Any = values
-    for depth, key in enumerate(keys[:-1]):
-        if at.get(key) is None:
-            at[key] = {}
-        at = at[key]
-        if not isinstance(at, dict):
-            parent = ".".join(keys[: depth + 1])
-            raise UserError(f"override {text!r}: {parent} is {shown(at)}, which holds no keys")
-    at[keys[-1]] = parse_yaml(value, f"override {text!r}")
+    for depth, key in enumerate(keys):
+        place: Any = key
+        if isinstance(at, list) and key.isdecimal() and int(key) < len(at):
+            place = int(key)
+        elif not isinstance(at, dict):
+            parent = ".".join(keys[:depth])
+            raise UserError(f"override {text!r}: {parent} is {shown(at)}, which holds no {key}")
+        if depth == len(keys) - 1:
+            at[place] = parse_yaml(value, f"override {text!r}")
+        elif isinstance(at, dict) and at.get(place) is None:
+            at[place] = {}
+        at = at[place]
     return ".".join(keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from loralab.gradient.events import Answered, Answering, OnTrainingEvent
@@ -34,18 +34,27 @@ class Answers:
         """Of the model as it is now."""
         return self.take(step, phase, lambda progress: self._judge.trained(model, progress))
 
-    def take(self, step: int, phase: str, ask: Callable[[Any], list[Rollout]]) -> dict[str, Any]:
-        """Ask, write the completions down, and say how it went; what it adds to the metrics."""
-        if not self._judge.batch.examples:
-            return {}
+    def take(
+        self,
+        step: int,
+        phase: str,
+        ask: Callable[[Any], list[Rollout]],
+        measured: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Ask, write the completions down, and say how it went; what it adds to the metrics.
+
+        measured: held-out scores that do not come from the answers, in their place.
+        """
         with self._timings.phase("evaluation"):
             rollouts = ask(lambda done, of: self._on_event(Answering(done, of)))
+        scores = {**score_row(rollouts), **(measured or {})}
+        if not scores:
+            return {}
         shown = rollouts[:SHOWN_DURING] if phase == "during" else rollouts
         rows = [
             {"step": step, **{k: v for k, v in row.items() if k != "generation"}}
             for row in completion_rows(self._judge.batch, shown, step, phase)
         ]
-        scores = score_row(rollouts)
         self._run.log_completions(rows)
         if phase != "during":
             self._run.log_metrics({"step": step, "phase": phase, **scores})
@@ -54,8 +63,8 @@ class Answers:
                 step=step,
                 reward=scores["held_out_reward"],
                 correct=scores["held_out_correct"],
-                prompt=plain(rollouts[0].prompt),
-                completion=rollouts[0].text,
+                prompt=plain(rollouts[0].prompt) if rollouts else "",
+                completion=rollouts[0].text if rollouts else "",
             )
         )
         return scores

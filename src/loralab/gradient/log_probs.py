@@ -21,21 +21,21 @@ from torch.nn import functional
 from loralab.gradient.loss import PIECE, reason_against
 from loralab.gradient.rows import IGNORED
 
-LOG_PROBS, HIDDEN = "log_probs", "hidden"
+LOG_PROBS = "log_probs"
 
 
 @contextmanager
-def labelled_log_probs(model: Any, temperature: float = 1.0) -> Iterator[None]:
+def labelled_log_probs(model: Any, temperature: float = 1.0, whole: bool = False) -> Iterator[None]:
     """Within it, `model(..., labels=labels)` gives {"log_probs": (n,) float32}.
 
     n: the labelled tokens, row by row; each is predicted from the token before it, and a row's
-    first token never is. model: the causal LM itself, not the PEFT model around it. A model that
-    is not known to be backbone and head computes its whole logits. Calls without labels are as
-    before.
+    first token never is. model: the causal LM itself, not the PEFT model around it. whole: make
+    the whole logits, as is done for a model that is not known to be backbone and head. Calls
+    without labels are as before.
     """
     before = model.__dict__.get("forward")
     original = model.forward
-    plain_head = reason_against(model) is None
+    plain_head = not whole and reason_against(model) is None
 
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kw: Any) -> Any:
         if labels is None:

@@ -81,7 +81,7 @@ def render(views: list[dict[str, Any]]) -> str:
 
 def view_of(run: Run) -> dict[str, Any]:
     """What the template shows of one run."""
-    if run.config.get("kind") in ("sft", "pretrain"):
+    if "training" in run.config:
         return _training_view(run)
     summary = summarise(run)
     kept = summary.best_generation
