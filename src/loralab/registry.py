@@ -146,6 +146,8 @@ TASKS = Registry(
         "countdown": "loralab.tasks.countdown:Countdown",
         "choice": "loralab.tasks.choice:Choice",
         "gsm8k": "loralab.tasks.gsm8k:GSM8K",
+        "humaneval": "loralab.tasks.code:HumanEval",
+        "mbpp": "loralab.tasks.code:MBPP",
         "supervised": "loralab.tasks.supervised:Supervised",
     },
 )
