@@ -11,6 +11,7 @@ from rich.text import Text
 from loralab import pipeline
 from loralab.config import load
 from loralab.display import Display
+from loralab.report.pretraining import summarise_pretraining
 from loralab.report.summary import summarise
 from loralab.report.text import change, duration, is_number, share
 from loralab.report.training import summarise_training
@@ -41,7 +42,9 @@ def say_end(run: Run, complete: bool, console: Console) -> None:
         return
     console.print(_times(run))
     console.print(Text(before_after(run), style="bold"), soft_wrap=True)
-    console.print(Text(f"adapter  {run.adapter}"), soft_wrap=True)
+    whole = run.path / "model"
+    kept = f"model    {whole}" if whole.is_dir() else f"adapter  {run.adapter}"
+    console.print(Text(kept), soft_wrap=True)
     console.print(Text(f"report   {run.path / 'report.html'}"), soft_wrap=True)
     if not complete:
         _say_how_to_go_on(run, console)
@@ -70,7 +73,9 @@ def before_after(run: Run) -> str:
     generation; held-out numbers are the unperturbed adapter's, before generation 0 and at the
     generation whose adapter was kept. Of a fine-tuning run: loss and held-out scores.
     """
-    if run.config.get("kind") == "sft":
+    if run.config.get("kind") == "pretrain":
+        return summarise_pretraining(run).line()
+    if "training" in run.config:
         return summarise_training(run).line()
     summary = summarise(run)
     parts = [f"training reward {change(summary.reward.before, summary.reward.after)}"]

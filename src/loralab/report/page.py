@@ -18,6 +18,11 @@ from markupsafe import Markup
 from loralab import durable
 from loralab.report import plots, text
 from loralab.report.chart import Chart
+from loralab.report.pretraining import (
+    pretraining_charts,
+    pretraining_tiles,
+    summarise_pretraining,
+)
 from loralab.report.summary import Change, Pair, Summary, summarise
 from loralab.report.training import TrainingSummary, summarise_training, training_charts
 from loralab.run import Run
@@ -81,6 +86,8 @@ def render(views: list[dict[str, Any]]) -> str:
 
 def view_of(run: Run) -> dict[str, Any]:
     """What the template shows of one run."""
+    if run.config.get("kind") == "pretrain":
+        return _pretraining_view(run)
     if "training" in run.config:
         return _training_view(run)
     summary = summarise(run)
@@ -127,6 +134,23 @@ def _training_view(run: Run) -> dict[str, Any]:
         "notices": notices,
         "tiles": _training_tiles(summary),
         "timings": summary.timings,
+        "samples": [],
+        "samples_in_all": 0,
+    }
+
+
+def _pretraining_view(run: Run) -> dict[str, Any]:
+    summary = summarise_pretraining(run)
+    training = summary.training
+    notices = []
+    if not training.finished:
+        of = "" if training.planned is None else f" of {training.planned}"
+        notices.append(f"Unfinished: {training.done}{of} steps so far.")
+    return {
+        **_common(run, "step", summary.verdict(), training.pairs, pretraining_charts(summary)),
+        "notices": notices,
+        "tiles": pretraining_tiles(summary),
+        "timings": training.timings,
         "samples": [],
         "samples_in_all": 0,
     }

@@ -128,9 +128,9 @@ def training_charts(summary: TrainingSummary) -> list[Chart]:
     drawn = (
         _loss(summary.steps),
         _held_out(summary.scores),
-        _single(summary.steps, "grad_norm", "Gradient", "Norm over all trained weights, before "
+        single_chart(summary.steps, "grad_norm", "Gradient", "Norm over all trained weights, before "
                 "clipping: growth means divergence.", BLUE),
-        _single(summary.steps, "lr", "Learning rate", "As the schedule set it.", FAINT),
+        single_chart(summary.steps, "lr", "Learning rate", "As the schedule set it.", FAINT),
         time_breakdown(summary.timings, "step"),
     )  # fmt: skip
     return [chart for chart in drawn if chart is not None]
@@ -180,9 +180,10 @@ def _held_out(scores: Sequence[Mapping[str, Any]]) -> Chart | None:
     return finish("held_out", alt, "Step 0 is the base model.", draw)
 
 
-def _single(
+def single_chart(
     steps: Sequence[Mapping[str, Any]], key: str, name: str, caption: str, colour: str
 ) -> Chart | None:
+    """One column of the steps' lines over the steps; None where no line has it."""
     rows = rows_with(steps, key)
     if not rows:
         return None
