@@ -105,9 +105,9 @@ def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             key = (strength, values.device, values.dtype)
             alike.setdefault(key, []).append((values.grad, values, knots))
     for (strength, _, _), rows in alike.items():
-        gradients, values, knots = (list(column) for column in zip(*rows, strict=True))
-        torch._foreach_add_(gradients, values, alpha=strength)
-        torch._foreach_add_(gradients, knots, alpha=-strength)
+        gradients = [gradient for gradient, _, _ in rows]
+        torch._foreach_add_(gradients, [values for _, values, _ in rows], alpha=strength)
+        torch._foreach_add_(gradients, [knots for _, _, knots in rows], alpha=-strength)
 
 
 register_optimizer_step_pre_hook(_add_gradient)

@@ -23,7 +23,6 @@ from loralab import tasks
 from loralab.adapters.attach import attach, targeted_weights
 from loralab.adapters.extract import parts_of, state_of
 from loralab.adapters.inits import initialize
-from loralab.adapters.inits.progressive import callback_for
 from loralab.bench.timing import peak_rss_gb
 from loralab.config import (
     AdapterConfig,
@@ -64,27 +63,27 @@ class Kind:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much each trial does. The defaults fit a minute or two on one CPU core."""
+    """How much each trial does. The defaults take a minute or so of one CPU core."""
 
     rank: int = 8
     alpha: float = 16.0
-    calibration_texts: int = 12
-    calibration_tokens: int = 160
+    calibration_texts: int = 8
+    calibration_tokens: int = 128
     sft_steps: int = 12
-    sft_batch: int = 4
+    sft_batch: int = 3
     lr: float = 2e-4
-    held_out: int = 10
-    scored: int = 12
-    answer_tokens: int = 112
-    wiki_windows: int = 6
+    held_out: int = 8
+    scored: int = 8
+    answer_tokens: int = 96
+    wiki_windows: int = 4
     wiki_tokens: int = 192
-    es_generations: int = 6
-    es_population: int = 16
-    warm_steps: int = 8
-    countdown_generations: int = 3
+    es_generations: int = 5
+    es_population: int = 12
+    warm_steps: int = 5
+    countdown_generations: int = 2
     countdown_population: int = 8
-    countdown_prompts: int = 4
-    countdown_held_out: int = 12
+    countdown_prompts: int = 3
+    countdown_held_out: int = 8
 
 
 @dataclass
@@ -223,10 +222,9 @@ def run_trial(lab: Lab, kind: Kind, seed: int) -> dict[str, Any]:
         }  # fmt: skip
         row |= _at_step_0(lab, peft, tokenizer)
         start = _Snapshot(peft)
-        row |= _fine_tuned(lab, kind, peft, tokenizer, seed)
+        row |= _fine_tuned(lab, peft, tokenizer, seed)
         if kind.evolves:
             start.restore()
-            _again_if_rising(lab, kind, peft, tokenizer, seed)
             row["conciseness"] = _evolved(lab, peft, seed, _conciseness(lab, seed))
             train(peft, tokenizer, lab.warm_rows, lab.training(budget.warm_steps), seed)
             row["countdown"] = _evolved(lab, peft, seed, _countdown(lab, seed))
@@ -259,12 +257,9 @@ def _at_step_0(lab: Lab, peft: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _fine_tuned(lab: Lab, kind: Kind, peft: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
-    callback = callback_for(peft)
-    callbacks = [] if callback is None else [callback]
+def _fine_tuned(lab: Lab, peft: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
     cpu = time.process_time()
-    # The trainer adds a progressive start's own callback itself once it knows of it.
-    history = train(peft, tokenizer, lab.train_rows, lab.training(), seed, callbacks=callbacks)
+    history = train(peft, tokenizer, lab.train_rows, lab.training(), seed)
     seconds = time.process_time() - cpu
     held_out = mean_loss(peft, lab.test_rows)
     wiki = mean_loss(peft, lab.wiki_rows)
@@ -352,7 +347,7 @@ def _evolved(lab: Lab, peft: Any, seed: int, config: EvolveConfig) -> dict[str, 
 def _conciseness(lab: Lab, seed: int) -> EvolveConfig:
     b = lab.budget
     return _evolve_config(
-        lab, seed, {"name": "conciseness"}, 48,
+        lab, seed, {"name": "conciseness"}, 40,
         {"generations": b.es_generations, "population": b.es_population, "optimizer": {"lr": 2.0}},
     )  # fmt: skip
 
@@ -360,7 +355,7 @@ def _conciseness(lab: Lab, seed: int) -> EvolveConfig:
 def _countdown(lab: Lab, seed: int) -> EvolveConfig:
     b = lab.budget
     return _evolve_config(
-        lab, seed, {"name": "countdown"}, 48,
+        lab, seed, {"name": "countdown"}, 40,
         {
             "generations": b.countdown_generations,
             "population": b.countdown_population,
@@ -398,11 +393,6 @@ class _Snapshot:
     def restore(self) -> None:
         for parameter, value in self._kept:
             parameter.copy_(value)
-
-
-def _again_if_rising(lab: Lab, kind: Kind, peft: Any, tokenizer: Any, seed: int) -> None:
-    if kind.init == "progressive":
-        initialize(peft, kind.init, seed=seed, tokenizer=tokenizer, **dict(kind.options))
 
 
 @dataclass(frozen=True)
