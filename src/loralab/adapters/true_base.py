@@ -65,6 +65,12 @@ def base_changed(model: nn.Module) -> bool:
     return owner(model) is not None
 
 
+def base_replaced(model: nn.Module) -> bool:
+    """Whether weights changed by other than a start that was taken out of them: then no adapter
+    alone gives the model from its base."""
+    return any(m.A0 is None for x in model.modules() if (m := memory_of(x)) is not None)
+
+
 @contextmanager
 def true_base(model: Any) -> Iterator[None]:
     """The base model to the bit: adapters off, and every changed weight as it was before.

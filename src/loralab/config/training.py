@@ -109,15 +109,20 @@ class GradientConfig(CommonConfig):
 class SftConfig(GradientConfig):
     """Supervised fine-tuning: learn a task's gold answers, or completions from a file.
 
-    Either `task` or `data` gives the rows.
+    Either `task` or `data` gives the rows. quantization: the base's weights in 4 or 8 bits, by
+    bitsandbytes, under an adapter that is not (QLoRA, arXiv:2305.14314); null leaves them as they
+    are.
     """
 
     kind: Literal["sft"]
     task: TaskConfig | None = None
     data: DataConfig | None = None
+    quantization: Literal["nf4", "int8"] | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> SftConfig:
         if (self.task is None) == (self.data is None):
             raise ValueError("either task or data, which say what to learn")
+        if self.full and self.quantization is not None:
+            raise ValueError("no quantization with full: true, quantised weights cannot be trained")
         return self

@@ -10,6 +10,7 @@ import torch
 
 from loralab.config import SftConfig
 from loralab.config.training import GradientConfig
+from loralab.errors import UserError
 from loralab.gradient.answers import Answers
 from loralab.gradient.diary import Diary
 from loralab.gradient.events import (
@@ -77,7 +78,7 @@ def _fine_tune(
     with timings.phase("server_launch"):
         from loralab.models.load import load
 
-        model, tokenizer = load(config.model, config.dtype, config.device)
+        model, tokenizer = load(config.model, config.dtype, config.device, config.quantization)
         prepared = rows_of_task(task, "train", tokenizer, settings.max_length)
         judge = Judge(model, tokenizer, task, config)
     run.note(kernel=judge.kernel, rows=len(prepared.rows), rows_cut=prepared.cut)
@@ -148,6 +149,7 @@ def trainable(
     init = config.adapter.init
     if init.name != "zero_b":
         from loralab.adapters.inits import initialize
+        from loralab.adapters.true_base import base_replaced
 
         texts = [tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in rows[:_TEXTS]]
         report = initialize(
@@ -158,6 +160,12 @@ def trainable(
             seed=config.seed,
             **init.options,
         )
+        if base_replaced(attached):
+            raise UserError(
+                f"adapter.init {init.name} replaces the weights of a full-precision base, and no "
+                "adapter alone holds the result; set quantization: nf4 and give it the unquantised "
+                f"model as options.reference={config.model}"
+            )
         run.note(init={"name": init.name, **report.figures})
     return attached
 

@@ -278,6 +278,19 @@ def forward_kept(*models: Any) -> Iterator[None]:
 
 
 @contextmanager
+def precision_kept(model: Any) -> Iterator[None]:
+    """Keep trainable weights as they are while TRL makes a trainer.
+
+    It rounds the adapter of a quantised base to bf16, where most updates are smaller than a
+    weight's last bit; after a resume, PEFT has it back in float32, and the run is another one.
+    """
+    before = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, data in before:
+        parameter.data = data
+
+
+@contextmanager
 def fast_lora(model: Any) -> Iterator[tuple[str, ...]]:
     """Fused LoRA products while it trains, and what to say of layers that cannot have them.
 

@@ -23,7 +23,15 @@ from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import as_record, as_row, flatten, pad
-from loralab.gradient.loop import History, Watched, arguments, fast_lora, forward_kept, quiet
+from loralab.gradient.loop import (
+    History,
+    Watched,
+    arguments,
+    fast_lora,
+    forward_kept,
+    precision_kept,
+    quiet,
+)
 from loralab.gradient.rows import Row, pack
 
 
@@ -84,14 +92,15 @@ def train(
             return flatten(batch) if flat else pad(batch, pad_id)
 
         try:
-            trainer = _Trainer(
-                model=model,
-                args=trl,
-                data_collator=collate,
-                train_dataset=Dataset.from_list([as_record(row) for row in rows]),
-                processing_class=tokenizer,
-                callbacks=list(callbacks),
-            )
+            with precision_kept(model):
+                trainer = _Trainer(
+                    model=model,
+                    args=trl,
+                    data_collator=collate,
+                    train_dataset=Dataset.from_list([as_record(row) for row in rows]),
+                    processing_class=tokenizer,
+                    callbacks=list(callbacks),
+                )
         except ValueError as error:  # TRL's word for a combination it does not train
             raise UserError(f"training: {' '.join(str(error).split())}") from error
         trainer.own_loss = labelled

@@ -69,6 +69,8 @@ def load(
         model, tokenizer = _from_pretrained(source, DTYPES[dtype], options)
     if quantization is None:
         model.to(place)
+    else:
+        _keep_gradients(model)
     model.eval()
     model.requires_grad_(False)
     tokenizer.padding_side = "left"
@@ -157,6 +159,18 @@ def _quantized(quantization: str | None, dtype: torch.dtype, place: torch.device
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return {"quantization_config": config, "device_map": {"": str(place)}}
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep nf4 weights in the order they are trained through.
+
+    On a CPU with AVX512-BF16 bitsandbytes 0.50 reorders them at the first forward pass without
+    gradients, rounds their scales to bf16, and from then on no gradient passes through the layer,
+    in training mode neither; nor do its own inverse's weights equal those before.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _from_pretrained(

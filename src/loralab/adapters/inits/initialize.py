@@ -76,7 +76,10 @@ def initialize(
     check(strategy.facts, name, scene.sites)
     if owner(model) not in (None, adapter):
         raise UserError(f"{name}: adapter {owner(model)!r} rests on weights it changed; delete it")
-    restore(model)
+    config = model.peft_config[adapter]
+    if base_changed(model):
+        restore(model)
+        config.init_lora_weights = True
     stop_rising(model)
     by_module: dict[str, Mapping[str, float]] = {}
     try:
@@ -85,6 +88,9 @@ def initialize(
         else:
             by_module = _module_by_module(strategy, scene)
             figures = _means(by_module.values())
+            if base_changed(model):
+                # As PEFT marks its own: saved, the adapter must not pass for one of the base.
+                config.init_lora_weights = name
     except Exception:
         restore(model)
         raise

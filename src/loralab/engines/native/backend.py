@@ -123,6 +123,10 @@ class NativeBackend:
         for name in MODULES:
             if not isinstance(layers[0].get_submodule(name), nn.Linear):  # type: ignore[index]
                 return f"{name} is not a plain linear layer"
+        for index, layer in enumerate(layers.children()):
+            for name in MODULES:
+                if not layer.get_submodule(name).weight.is_floating_point():  # type: ignore[operator]
+                    return f"{name} of layer {index} is quantised"
         attention: Any = layers[0].self_attn  # type: ignore[index]
         if attention.head_dim % 16:
             return f"head size {attention.head_dim} is not a multiple of 16"
