@@ -7,6 +7,7 @@ run in `loralab.sandbox`, apart from their tests.
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -253,7 +254,9 @@ def mbpp_example(row: Row) -> Example:
     given = str(row.data.get("test_setup_code") or "").replace("\r\n", "\n").strip()
     text = text_field(row, "text" if "text" in row.data else "prompt")
     try:
-        names = _taken(code, [given, *tests])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # regular expressions of old rows, not spelled raw
+            names, imports_too = _taken(code, [given, *tests]), _imports(code)
     except SyntaxError as error:
         raise UserError(f"{row.place}: its code or tests are not Python: {error.msg}") from error
     if not names:
@@ -263,7 +266,7 @@ def mbpp_example(row: Row) -> Example:
         {
             "text": text.strip(),
             "solution": code,
-            "imports": "\n".join([*map(str, imports), *_imports(code)]),
+            "imports": "\n".join([*map(str, imports), *imports_too]),
             "names": names,
             "given": given,
             "tests": tests,
