@@ -92,7 +92,7 @@ def pretraining_charts(summary: PretrainingSummary) -> list[Chart]:
     drawn = (
         _losses(steps, summary.evaluations),
         _perplexity(summary.evaluations),
-        single_chart(steps, "grad_norm", "Gradient", "Norm over all weights, before clipping.", BLUE),
+        single_chart(steps, "grad_norm", "Gradient", "Norm, before clipping.", BLUE),
         single_chart(steps, "lr", "Learning rate", "As the schedule set it.", FAINT),
         time_breakdown(summary.training.timings, "step"),
     )  # fmt: skip

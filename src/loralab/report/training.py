@@ -128,8 +128,8 @@ def training_charts(summary: TrainingSummary) -> list[Chart]:
     drawn = (
         _loss(summary.steps),
         _held_out(summary.scores),
-        single_chart(summary.steps, "grad_norm", "Gradient", "Norm over all trained weights, before "
-                "clipping: growth means divergence.", BLUE),
+        single_chart(summary.steps, "grad_norm", "Gradient", "Norm over all trained weights, "
+                     "before clipping: growth means divergence.", BLUE),
         single_chart(summary.steps, "lr", "Learning rate", "As the schedule set it.", FAINT),
         time_breakdown(summary.timings, "step"),
     )  # fmt: skip
