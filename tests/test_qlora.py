@@ -67,6 +67,23 @@ def test_gradients_pass_through_quantised_layers(folder: Path, bits: Any) -> Non
         assert (ours[name] - gradient).norm() < tolerance * gradient.norm(), name
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_dense_weight_of_reordered_nf4(folder: Path, nested: bool) -> None:
+    """Where another program has loaded the model, and the processor has AVX512-BF16."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "model", quantization_config=config, device_map={"": "cpu"}
+    )
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    before = dense_weight(layer)
+    with torch.no_grad():
+        layer.eval()(torch.randn(3, layer.in_features))
+    tolerance = 2e-2 if nested else 4e-3
+    torch.testing.assert_close(dense_weight(layer), before, rtol=tolerance, atol=tolerance / 4)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_run_learns_saves_and_goes_on(folder: Path, tmp_path: Path, bits: str) -> None:
     training = {"steps": 12, "lr": 2e-2, "save_every": 4}

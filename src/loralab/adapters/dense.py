@@ -13,8 +13,9 @@ def dense_weight(module: Any) -> Tensor:
     """W (out, in) of nn.Linear, GPT-2's Conv1D or bitsandbytes' nf4 and int8 linear: an fp32 copy.
 
     PEFT's `dequantize_module_weight` is not enough on a CPU (bitsandbytes 0.50, PEFT 0.21): after a
-    forward pass in evaluation mode nf4 weights lie in another order, which it reads as if they did
-    not, and after it has read int8 weights the module's next forward fails.
+    forward pass in evaluation mode nf4 weights may lie in another order (unless `loralab.load` made
+    the model), which it reads as if they did not, and after it has read int8 weights the module's
+    next forward fails. What is reordered has its scales in bf16, here too.
     """
     weight = module.weight
     kind = type(weight).__name__
@@ -37,5 +38,7 @@ def _nf4(weight: Any) -> Tensor:
     if getattr(state, "packing_format_for_cpu", False):
         # The inverse writes into the state it is given.
         packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
+        if not state.nested:  # it leaves these scales as (blocks of a row, rows)
+            state.absmax = state.absmax.T.reshape(-1).float()
     dense: Tensor = functional.dequantize_4bit(packed, state)
     return dense.to(torch.float32, copy=True)
