@@ -121,7 +121,7 @@ def reason_against(model: Any) -> str | None:
     if kind not in MODEL_TYPES:
         return f"model type {kind!r} is not among those known to keep sequences apart"
     names = {c._attn_implementation_internal for c in attention_configs(model)}
-    if names - {"sdpa", "eager"}:
+    if names - {"sdpa", "eager", NAME}:
         return f"its attention runs through {', '.join(sorted(map(str, names)))}"
     return None
 

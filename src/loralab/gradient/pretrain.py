@@ -96,6 +96,7 @@ def _pretrain(
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     settings = config.training
+    shape_of(config, vocab_size=config.tokenizer.vocab_size)  # before anything is written
     with timings.phase("data"):
         sources = read_corpus(config.corpus)
         tokenizer = tokenizer_of(
@@ -182,22 +183,31 @@ def tokenizer_of(config: PretrainConfig, folder: Path, texts: Iterable[str]) -> 
     return made
 
 
+def shape_of(config: PretrainConfig, **tokens: int | None) -> DecoderConfig:
+    """The config's decoder as Transformers has it; tokens: vocab_size and special ids.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+    try:
+        return DecoderConfig(**config.decoder.model_dump(), **tokens)
+    except ValueError as error:
+        raise UserError(f"decoder: {' '.join(str(error).split())}") from error
+
+
 def build(config: PretrainConfig, tokenizer: Any) -> DecoderForCausalLM:
     """The config's decoder in float32, with random weights that depend on the seed alone.
 
     Raises:
         UserError: sizes that do not fit together.
     """
-    try:
-        shape = DecoderConfig(
-            **config.decoder.model_dump(),
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    except ValueError as error:
-        raise UserError(f"decoder: {' '.join(str(error).split())}") from error
+    shape = shape_of(
+        config,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed % 2**32)
         model: DecoderForCausalLM = DecoderForCausalLM(shape).eval()
