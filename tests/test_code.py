@@ -170,7 +170,7 @@ def test_mbpp_prompts_and_scores(mbpp: Path, style: Any) -> None:
     text = prompt if isinstance(prompt, str) else prompt[0]["content"]
     assert text.index("def shot2") < text.index("def shot3") < text.index("assert add(1, 2)")
     assert text.count("TWO = 2") == 2
-    assert "ONE" not in text
+    assert "ONE =" not in text
     partly = task.score(example, "def add(a, b):\n    return 3\n[DONE]\n1 / 0")
     assert (partly.reward, partly.correct, partly.parts["tests"]) == (0.0, False, 1 / 3)
     slow = MBPP(path=str(mbpp), timeout=0.3, unsafe_exec=True)

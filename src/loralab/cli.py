@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loralab import __version__
+from loralab import __version__, data_cli
 from loralab.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("name", metavar="NAME")
     _task_arguments(check, None)
 
+    data = add("data", None, "convert, merge, dedup, split, check and lint training files")
+    data_cli.add(data, _options)
+
     bench = add("bench", _bench, f"side-by-side measurements: {', '.join(_BENCHES)}")
     bench.add_argument("name", choices=_BENCHES)
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="its own options")
@@ -166,6 +169,9 @@ def _task_arguments(parser: argparse.ArgumentParser, split: str | None) -> None:
         "--split", choices=("train", "test"), default=split, help=f"default {choice}"
     )
     parser.add_argument("--limit", type=_natural, metavar="N", help="only the first N examples")
+    parser.add_argument(
+        "--unsafe-exec", action="store_true", help="run generated code where nothing isolates it"
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="key=value", help="of the task; repeatable"
     )
@@ -291,7 +297,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from loralab.evaluate import evaluate, open_engine
     from loralab.report.text import number, share
 
-    task = tasks.get(arguments.task, **_options(arguments.option))
+    task = tasks.get(arguments.task, **_task_options(arguments))
     settings = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature
     )
@@ -372,9 +378,11 @@ def _check(arguments: argparse.Namespace) -> int:
     from loralab import tasks
     from loralab.tasks.check import check
 
-    task = tasks.get(arguments.name, **_options(arguments.option))
+    task = tasks.get(arguments.name, **_task_options(arguments))
     sound = True
-    splits: tuple[Split, ...] = (arguments.split,) if arguments.split else ("train", "test")
+    splits: Sequence[Split] = (arguments.split,) if arguments.split else ("train", "test")
+    if arguments.split is None:  # a test set has no train split
+        splits = [split for split in splits if task.examples(split)] or splits
     for split in splits:
         result = check(task, split, arguments.limit)
         verdict = "sound" if result.passed else "BROKEN"
@@ -391,6 +399,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     status: int = import_module(f"loralab.bench.{arguments.name}").main(arguments.rest)
     return status
+
+
+def _task_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = _options(arguments.option)
+    return {**options, "unsafe_exec": True} if arguments.unsafe_exec else options
 
 
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
