@@ -1,8 +1,8 @@
 """Contamination: does training text hold what a task is evaluated on?
 
 Two texts overlap where they share 13 words in a row (Brown et al. 2020, arXiv:2005.14165,
-appendix C). 13-grams that many evaluated texts have are the wording of the task, not a leak, and
-do not count. An evaluated row is *in* the training data where one training row holds most of it.
+appendix C). What many evaluated texts have is the wording of the task, not a leak, and does not
+count. An evaluated row is *in* the training data where one training row holds most of it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MOST_OF_IT = 0.8
 """Share of an evaluated row's 13-grams in one training row from which on it is that row."""
 
 _COMMON = 10
+_WORDING = 8
 _WORD = re.compile(r"\w+")
 
 
@@ -94,11 +95,9 @@ def contamination(
     index: dict[str, list[tuple[str, int]]] = {}
     sizes: dict[tuple[str, int], int] = {}
     for task, documents in evaluated.items():
-        grams = [set(_grams(document.text)) for document in documents]
-        times = Counter(gram for found in grams for gram in found)
-        common = max(1, min(_COMMON, len(documents) // 2))
-        for number, found in enumerate(grams):
-            own = [gram for gram in found if times[gram] <= common]
+        wording = _wording(documents)
+        for number, text in enumerate(documents):
+            own = [gram for gram in set(_grams(text.text)) if not _has(gram, wording)]
             sizes[task, number] = len(own)
             for gram in own:
                 index.setdefault(gram, []).append((task, number))
@@ -121,13 +120,30 @@ def contamination(
     return Contamination(count, sum(map(len, evaluated.values())), tuple(overlaps))
 
 
+def _wording(documents: Sequence[Document]) -> set[str]:
+    """Runs of 8 words that many of these texts have. Shorter than 13, so that a run that goes on
+    from the wording into a row's first word by chance does not count either."""
+    found = [set(_runs(_WORD.findall(d.text.casefold()), _WORDING)) for d in documents]
+    times = Counter(run for runs in found for run in runs)
+    common = max(1, min(_COMMON, len(documents) // 2))
+    return {run for run, count in times.items() if count > common}
+
+
+def _has(gram: str, wording: set[str]) -> bool:
+    return any(run in wording for run in _runs(gram.split(" "), _WORDING))
+
+
+def _runs(words: list[str], length: int) -> Iterator[str]:
+    for start in range(len(words) - length + 1):
+        yield " ".join(words[start : start + length])
+
+
 def _grams(text: str) -> Iterator[str]:
     """Every run of 13 words, or the whole of a shorter text."""
     words = _WORD.findall(text.casefold())
     if LEAST <= len(words) < GRAM:
         yield " ".join(words)
-    for start in range(len(words) - GRAM + 1):
-        yield " ".join(words[start : start + GRAM])
+    yield from _runs(words, GRAM)
 
 
 def _short_lines(text: str) -> Iterator[str]:

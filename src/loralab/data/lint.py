@@ -30,10 +30,12 @@ ASKED = ("prompt", "instruction", "question", "input", "text", "sentence", "dial
 LABELS = ("label", "labels", "class")
 
 _SAME_LENGTH, _LIMIT = 3, 200
-_USUAL, _ENDED = 0.9, 0.97
+_USUAL, _ENDED = 0.9, 0.95
 _ENOUGH = 20
 _ENDS = re.compile(r"[.!?:;)\]}>\"'`*”’…\d]\s*$")
-_UNFINISHED = re.compile(r"(?:,|\w ?[-–]|[(\[{]|\.\.\.|…|\b(?:and|or|the|a|an|of|to|with|because))\s*$")
+_UNFINISHED = re.compile(
+    r"(?:,|\w ?[-–]|[(\[{]|\.\.\.|…|\b(?:and|or|the|a|an|of|to|with|because))\s*$"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def lint(rows: Sequence[Row]) -> list[Finding]:
     empty: a column of text (or a message) without text, or a prompt that is its own answer.
     duplicate: the same as an earlier row, but for case and space.
     truncated: code that does not parse, a code block left open, prose that ends in a comma or an
-        article, or without a mark where 97 of 100 have one, or that has the greatest length of all
+        article, or without a mark where 95 of 100 have one, or that has the greatest length of all
         as two others have (a limit cut them).
     mislabelled: the same prompt with another label or short answer elsewhere; a label that occurs
         once where every other occurs often; chosen and rejected alike; an `answer` that the
@@ -187,7 +189,7 @@ def _label(data: Mapping[str, Any]) -> str | None:
         if isinstance(data.get(key), str | int | bool):
             return str(data[key]).strip()
     answer = _answer(data)
-    if answer is None or len(answer.split()) > 3:
+    if answer is None or len(answer.split()) > 3 or _program(data) is not None:
         return None
     return normalised(answer)
 

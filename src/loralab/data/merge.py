@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loralab.data.documents import IDENTITIES, content, normalised
 from loralab.data.sources import Row, read_rows
@@ -61,12 +62,19 @@ def deduplicate(rows: Iterable[Row], exact: bool = False) -> Deduplicated:
     seen: dict[str, str] = {}
     kept, dropped = [], []
     for row in rows:
-        key = json.dumps(content(row), sort_keys=True, ensure_ascii=False, default=str)
-        if not exact:
-            key = normalised(key.replace("\\n", " ").replace("\\t", " ").replace("\\r", " "))
+        said = content(row)
+        key = json.dumps(said if exact else _normal(said), sort_keys=True, default=str)
         first = seen.setdefault(key, row.place)
         if first is row.place:
             kept.append(row)
         else:
             dropped.append((row.place, first))
     return Deduplicated(tuple(kept), tuple(dropped))
+
+
+def _normal(value: Any) -> Any:
+    if isinstance(value, str):
+        return normalised(value)
+    if isinstance(value, Mapping):
+        return {key: _normal(item) for key, item in value.items()}
+    return [_normal(item) for item in value] if isinstance(value, list) else value
