@@ -15,6 +15,7 @@ from loralab.config import (
     AnyConfig,
     DpoConfig,
     EvolveConfig,
+    GrpoConfig,
     PretrainConfig,
     SftConfig,
 )
@@ -91,6 +92,8 @@ def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
             result = _pretrain(config, run, on_event)
         case DpoConfig():
             result = _align(config, run, on_event)
+        case GrpoConfig():
+            result = _reinforce(config, run, on_event)
         case AblationConfig():
             return _ablate(config, run, on_event)
     build_report(run.path)
@@ -119,6 +122,12 @@ def _align(config: DpoConfig, run: Run, on_event: OnEvent) -> Result:
     from loralab.gradient.align import align
 
     return _watched(align, config, run, on_event)
+
+
+def _reinforce(config: GrpoConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.reinforce import reinforce
+
+    return _watched(reinforce, config, run, on_event)
 
 
 def _watched(

@@ -8,6 +8,7 @@ from loralab.config import (
     AnyConfig,
     DpoConfig,
     EvolveConfig,
+    GrpoConfig,
     PretrainConfig,
     SftConfig,
     TrainingConfig,
@@ -29,6 +30,8 @@ def plan(config: AnyConfig) -> list[str]:
             return _plan_pretraining(config)
         case DpoConfig():
             return _plan_preferences(config)
+        case GrpoConfig():
+            return _plan_policy(config)
         case AblationConfig():
             first = config.config_of(config.variants[0].name, 0)
             count = len(config.variants) * len(config.seeds)
@@ -91,6 +94,22 @@ def _plan_preferences(config: DpoConfig) -> list[str]:
         _length(config.training),
         f"margin of {held_out} {evaluation.split} pairs before and after, "
         f"{config.dpo.texts} prompts answered",
+    ]
+
+
+def _plan_policy(config: GrpoConfig) -> list[str]:
+    task = tasks.get(config.task.name, **config.task.options)
+    train, test = len(task.examples("train")), len(task.examples("test"))
+    training, policy, evaluation = config.training, config.grpo, config.evaluation
+    batches = -(-(training.steps or 0) // policy.updates)
+    completions = batches * training.batch_size * policy.group
+    held_out = len(task.examples(evaluation.split)[: evaluation.limit])
+    return [
+        f"task {task.name}: {train} training and {test} test examples",
+        f"{batches} batches of {training.batch_size} prompts x {policy.group} = {completions:,} "
+        f"completions of up to {config.generation.max_new_tokens} tokens, {policy.updates} "
+        f"update{'s' * (policy.updates > 1)} each",
+        f"{held_out} {evaluation.split} examples answered before and after",
     ]
 
 

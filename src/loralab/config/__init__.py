@@ -27,6 +27,7 @@ from loralab.config.evolve import (
     ScheduleConfig,
 )
 from loralab.config.explain import explained, shown
+from loralab.config.grpo import GrpoConfig
 from loralab.config.pretrain import PretrainConfig
 from loralab.config.sections import (
     AdapterConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "EvolutionConfig",
     "EvolveConfig",
     "GenerationConfig",
+    "GrpoConfig",
     "InitConfig",
     "Noise",
     "OptimizerConfig",
@@ -72,11 +74,12 @@ __all__ = [
     "shipped",
 ]
 
-AnyConfig = EvolveConfig | SftConfig | AblationConfig | PretrainConfig | DpoConfig
+AnyConfig = EvolveConfig | SftConfig | AblationConfig | PretrainConfig | DpoConfig | GrpoConfig
 KINDS: Mapping[str, type[AnyConfig]] = {
     "ablation": AblationConfig,
     "dpo": DpoConfig,
     "evolve": EvolveConfig,
+    "grpo": GrpoConfig,
     "pretrain": PretrainConfig,
     "sft": SftConfig,
 }

@@ -232,7 +232,7 @@ def preference(
     try:
         with layout.running(causal_of(model)):
             for at in range(0, len(rows), batch_size):
-                batch = _to(layout.pairs(rows[at : at + batch_size]), device)
+                batch = to_device(layout.pairs(rows[at : at + batch_size]), device)
                 before = reference_log_probs(model, batch, reference)
                 change = answer_log_probs(model, batch) - before
                 margins += (beta * (change[:, 0] - change[:, 1])).tolist()
@@ -325,5 +325,6 @@ class _Trainer(Watched):
         return (value, {}) if return_outputs else value
 
 
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
