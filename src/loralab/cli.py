@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
-_BENCHES = ("population", "inits", "adapters")
+_BENCHES = ("population", "inits", "adapters", "sinks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,7 +168,9 @@ def _task_arguments(parser: argparse.ArgumentParser, split: str | None) -> None:
     parser.add_argument(
         "--split", choices=("train", "test"), default=split, help=f"default {choice}"
     )
-    parser.add_argument("--limit", type=_natural, metavar="N", help="only the first N examples")
+    parser.add_argument(
+        "--limit", type=_natural, metavar="N", help="only the first N examples (of a text: tokens)"
+    )
     parser.add_argument(
         "--unsafe-exec", action="store_true", help="run generated code where nothing isolates it"
     )
@@ -294,10 +296,22 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     from loralab import tasks
     from loralab.config import GenerationConfig
-    from loralab.evaluate import evaluate, open_engine
+    from loralab.evaluate import evaluate, open_engine, text_likelihood
     from loralab.report.text import number, share
+    from loralab.tasks.base import Continuous
 
     task = tasks.get(arguments.task, **_task_options(arguments))
+    if isinstance(task, Continuous):
+        text = task.whole(arguments.split)
+        model = (arguments.model, arguments.dtype, arguments.device, arguments.adapter)
+        measured = text_likelihood(*model, text, arguments.limit).to_dict()
+        if arguments.json:
+            facts = {"model": arguments.model, "adapter": arguments.adapter, "task": task.name}
+            print(json.dumps({**facts, "split": arguments.split, **measured}))
+        else:
+            named = ", ".join(f"{key} {number(value)}" for key, value in measured.items())
+            print(f"{task.name}, {arguments.split}: {named}")
+        return 0
     settings = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature
     )
@@ -316,6 +330,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         f"{task.name}, {result.split}, {len(result.rollouts)} examples: reward "
         f"{number(result.reward)} ± {number(result.reward_std)}{correct}{failed}"
     )
+    if result.metrics:
+        print(", ".join(f"{name} {number(value)}" for name, value in result.metrics.items()))
     return 0
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loralab.adapters.state import AdapterState
 from loralab.adapters.targets import linear_weights
@@ -14,7 +14,10 @@ from loralab.config import GenerationConfig
 from loralab.engines.base import Engine, Progress
 from loralab.errors import UserError
 from loralab.rollouts import Batch, Rollout, share_correct
-from loralab.tasks.base import Split, Task
+from loralab.tasks.base import Measured, Split, Task
+
+if TYPE_CHECKING:
+    from loralab.engines.likelihood import Likelihood
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class Evaluation:
     """Judged completions of one split.
 
     reward, reward_std: over completions. correct: share of those the task judges, None if none.
+    metrics: the task's own numbers (F1, ROUGE), of completions that could be made; {} without any.
     """
 
     task: str
     split: Split
     rollouts: Sequence[Rollout]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reward(self) -> float:
@@ -55,6 +60,7 @@ class Evaluation:
             "reward_std": self.reward_std,
             "correct": self.correct,
             "failed": self.failed,
+            "metrics": dict(self.metrics),
             "completions": [
                 {
                     "example": r.example.id,
@@ -89,7 +95,40 @@ def evaluate(
         raise UserError(f"task {task.name}: the {split} split has no examples to evaluate")
     batch = Batch(task, split, examples, settings, str(seed))
     completions = engine.generate(batch.requests(adapter), progress)
-    return Evaluation(task.name, split, batch.judge(completions))
+    rollouts = batch.judge(completions)
+    return Evaluation(task.name, split, rollouts, metrics_of(task, rollouts))
+
+
+def metrics_of(task: Task, rollouts: Sequence[Rollout]) -> Mapping[str, float]:
+    """A task's own numbers over what was answered; {} where it has none. Failures count as
+    empty answers."""
+    if not isinstance(task, Measured) or not rollouts:
+        return {}
+    return task.metrics([(r.example, "" if r.failed else r.text) for r in rollouts])
+
+
+def text_likelihood(
+    model: str,
+    dtype: str,
+    device: str,
+    adapter: str | None,
+    text: str,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Likelihood:
+    """Perplexity of a model, with the adapter of a directory or without, on a text.
+
+    Raises:
+        UserError: as `open_engine`, or the text is too short.
+    """
+    from loralab.engines.likelihood import likelihood
+    from loralab.models.load import load
+
+    state = None if adapter is None else AdapterState.load(Path(adapter))
+    loaded, tokenizer = load(model, dtype, device)
+    if state is not None:
+        _check_fit(state, loaded, f"adapter {adapter!r} is not for model {model!r}")
+    return likelihood(loaded, tokenizer, text, state, max_tokens=max_tokens, progress=progress)
 
 
 def open_engine(

@@ -148,7 +148,10 @@ TASKS = Registry(
         "gsm8k": "loralab.tasks.gsm8k:GSM8K",
         "humaneval": "loralab.tasks.code:HumanEval",
         "mbpp": "loralab.tasks.code:MBPP",
+        "samsum": "loralab.tasks.dialogue:Dialogue",
+        "sst2": "loralab.tasks.sentiment:Sentiment",
         "supervised": "loralab.tasks.supervised:Supervised",
+        "text": "loralab.tasks.text:Text",
     },
 )
 

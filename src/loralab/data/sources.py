@@ -1,4 +1,4 @@
-"""Rows from a path: .json, .jsonl, .jsonl.gz, .parquet, or a folder of such files."""
+"""Rows from a path: .json, .jsonl, .tsv (each also .gz), .parquet, or a folder of such files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from loralab.errors import UserError
 
-SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet", ".tsv", ".tsv.gz")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Row:
 def read_rows(path: str | Path, columns: Sequence[str] | None = None) -> list[Row]:
     """All rows of a file, or of the data files of a folder in order of their names.
 
-    A .json file holds an array of objects, or one object a line as .jsonl does. `columns` limits
+    A .json file holds an array of objects, or one object a line as .jsonl does. A .tsv file names
+    its columns in its first line; its values are text, without quotes or escapes. `columns` limits
     what is read of a Parquet file to those of these columns that it has (others may be large).
 
     Raises:
@@ -79,6 +80,9 @@ def _rows_of(files: list[Path], columns: Sequence[str] | None) -> Iterator[Row]:
 
 def _read(file: Path) -> Iterator[Row]:
     lines = _lines(file)
+    if (_suffix(file) or "").startswith(".tsv"):
+        yield from _table(file, lines)
+        return
     if not (_suffix(file) or "").startswith(".jsonl"):
         text = "\n".join(line for _, line in lines)
         if text.lstrip("\ufeff \t\r\n").startswith("["):
@@ -96,6 +100,21 @@ def _array(file: Path, text: str) -> Iterator[Row]:
     for number, record in enumerate(_parse(text.removeprefix("\ufeff"), file.name), 1):
         place = f"{file.name} row {number}"
         yield Row(_record(record, place), place)
+
+
+def _table(file: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    columns: list[str] = []
+    for number, line in lines:
+        values = line.removeprefix("\ufeff").split("\t") if number == 1 else line.split("\t")
+        place = f"{file.name} line {number}"
+        if number == 1:
+            columns = values
+        elif line and len(values) != len(columns):
+            raise UserError(
+                f"{place} has {len(values)} values, the first line names {len(columns)} columns"
+            )
+        elif line:
+            yield Row(dict(zip(columns, values, strict=True)), place)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

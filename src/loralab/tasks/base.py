@@ -74,3 +74,37 @@ class Task(Protocol):
     def gold(self, example: Example) -> str | None:
         """A completion that scores full marks, or None if the example has none."""
         ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A task with numbers of its own over many completions, such as F1, which no mean of scores
+    gives."""
+
+    def metrics(self, answered: Sequence[tuple[Example, str]]) -> Mapping[str, float]:
+        """Of examples and what was answered to each."""
+        ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A task whose examples are texts of a few classes: what a classifier is trained on."""
+
+    classes: Sequence[str]
+
+    def text(self, example: Example) -> str:
+        """The text alone, without instructions."""
+        ...
+
+    def label(self, example: Example) -> int:
+        """The index of its class."""
+        ...
+
+
+@runtime_checkable
+class Continuous(Protocol):
+    """A task that is one text: perplexity is measured on it."""
+
+    def whole(self, split: Split) -> str:
+        """All text of a split."""
+        ...

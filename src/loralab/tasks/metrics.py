@@ -35,3 +35,26 @@ def mean_pass_at_k(problems: Iterable[Sequence[bool]], k: int) -> float:
     if not estimates:
         raise UserError(f"pass@{k} of no problems")
     return fmean(estimates)
+
+
+def f1(predicted: Sequence[int | None], gold: Sequence[int], label: int) -> float:
+    """F1 of one class: 2 TP / (2 TP + FP + FN), 0 where there is neither; None is no prediction."""
+    pairs = list(zip(predicted, gold, strict=True))
+    hits = sum(p == g == label for p, g in pairs)
+    missed = sum((p == label) != (g == label) for p, g in pairs)
+    return 2 * hits / (2 * hits + missed) if hits else 0.0
+
+
+def classification(predicted: Sequence[int | None], gold: Sequence[int]) -> dict[str, float]:
+    """accuracy; f1, of the class with the highest index (SST-2's positive); f1_macro, the mean over
+    the classes that gold has."""
+    if not gold:
+        raise UserError("no examples to classify")
+    right = sum(p == g for p, g in zip(predicted, gold, strict=True))
+    classes = sorted(set(gold))
+    by_class = [f1(predicted, gold, label) for label in classes]
+    return {
+        "accuracy": right / len(gold),
+        "f1": by_class[-1],
+        "f1_macro": fmean(by_class),
+    }

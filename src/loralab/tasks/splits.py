@@ -20,20 +20,25 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def rows_of_split(
-    path: str, split: Split, subset: str | None = None, limit: int | None = None
+    path: str,
+    split: Split,
+    subset: str | None = None,
+    limit: int | None = None,
+    hub_test: str = "test",
 ) -> list[Row]:
     """Rows of a split; [] where a local folder has no file of it.
 
     path: a folder with files named after their split (train.jsonl.gz, test.json, "val..." counts
         as test), or a hub name such as "openai/gsm8k", which is downloaded.
-    subset: the configuration of a hub dataset. limit: of its rows, None for all.
+    subset: the configuration of a hub dataset. limit: of its rows, None for all. hub_test: its
+        split that is ours to test on, where "test" is not ("validation").
 
     Raises:
         UserError: nothing at the path that can be read, or the hub cannot be reached.
     """
     local = Path(path).expanduser()
     if not local.exists() and HUB_NAME.fullmatch(path):
-        return _from_hub(path, split, subset, limit)
+        return _from_hub(path, hub_test if split == "test" else split, subset, limit)
     if not local.is_dir():
         raise UserError(f"{path}: expected a folder that holds train and test files, or a hub name")
     wanted = ("train",) if split == "train" else ("test", "val", "dev")
@@ -44,7 +49,7 @@ def rows_of_split(
     return []
 
 
-def _from_hub(name: str, split: Split, subset: str | None, limit: int | None) -> list[Row]:
+def _from_hub(name: str, split: str, subset: str | None, limit: int | None) -> list[Row]:
     mend = "give a folder that holds it as the task's option path"
     if not _reachable():
         raise UserError(
