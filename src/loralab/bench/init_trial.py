@@ -160,13 +160,14 @@ class Lab:
 
     @cached_property
     def reference(self) -> Path:
-        """A fine-tune to start from: a trained zero_b adapter, saved; its data are other rows."""
+        """A fine-tune to start from: a zero_b adapter trained as in a trial, with another seed."""
         folder = Path(self._folder.name) / "reference"
         with quiet():
             model, tokenizer = load(self.model_name)
             peft = attach(model, self.adapter(), seed=1234)
             initialize(peft, "zero_b", seed=1234)
-            train(peft, tokenizer, self.train_rows[200:300], self.training(), 1234)
+            half = len(self.train_rows) // 2
+            train(peft, tokenizer, self.train_rows[half : half + 100], self.training(), 1234)
         state_of(peft).save(folder)
         return folder
 
