@@ -1,5 +1,6 @@
 # make demo | test | test-all | lint | bench: each installs what it needs first.
 PYTHON ?= python3
+DATA ?= ../shared/data
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -36,5 +37,8 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The last one reads GSM8K and WikiText-2 from DATA, and takes an hour or two.
 bench: install
 	$(BIN)/loralab bench population
+	$(BIN)/loralab bench adapters
+	$(BIN)/loralab bench inits --gsm8k $(DATA)/gsm8k --wikitext $(DATA)/wikitext-2/test.txt
