@@ -129,9 +129,10 @@ def _attention(model: DecoderForCausalLM) -> dict[str, Tensor]:
     weights = dict(model.state_dict())
     if model.config.attention == "split":
         return weights
-    for index, layer in enumerate(model.model.layers):
+    widths = model.model.layers[0].get_submodule("self_attn").widths
+    for index in range(model.config.num_hidden_layers):
         at = f"model.layers.{index}.self_attn"
-        parts = weights.pop(f"{at}.qkv.weight").split(layer.self_attn.widths)
+        parts = weights.pop(f"{at}.qkv.weight").split(widths)
         for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
             weights[f"{at}.{name}.weight"] = part
         weights[f"{at}.o_proj.weight"] = weights.pop(f"{at}.out_proj.weight")
