@@ -18,6 +18,7 @@ from loralab.config import (
     GrpoConfig,
     PretrainConfig,
     SftConfig,
+    VerifierConfig,
 )
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
@@ -94,6 +95,8 @@ def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
             result = _align(config, run, on_event)
         case GrpoConfig():
             result = _reinforce(config, run, on_event)
+        case VerifierConfig():
+            result = _verify(config, run, on_event)
         case AblationConfig():
             return _ablate(config, run, on_event)
     build_report(run.path)
@@ -128,6 +131,12 @@ def _reinforce(config: GrpoConfig, run: Run, on_event: OnEvent) -> Result:
     from loralab.gradient.reinforce import reinforce
 
     return _watched(reinforce, config, run, on_event)
+
+
+def _verify(config: VerifierConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.verify import verify
+
+    return _watched(verify, config, run, on_event)
 
 
 def _watched(

@@ -12,6 +12,7 @@ from loralab.config import (
     PretrainConfig,
     SftConfig,
     TrainingConfig,
+    VerifierConfig,
 )
 
 
@@ -32,6 +33,8 @@ def plan(config: AnyConfig) -> list[str]:
             return _plan_preferences(config)
         case GrpoConfig():
             return _plan_policy(config)
+        case VerifierConfig():
+            return _plan_verifier(config)
         case AblationConfig():
             first = config.config_of(config.variants[0].name, 0)
             count = len(config.variants) * len(config.seeds)
@@ -110,6 +113,20 @@ def _plan_policy(config: GrpoConfig) -> list[str]:
         f"completions of up to {config.generation.max_new_tokens} tokens, {policy.updates} "
         f"update{'s' * (policy.updates > 1)} each",
         f"{held_out} {evaluation.split} examples answered before and after",
+    ]
+
+
+def _plan_verifier(config: VerifierConfig) -> list[str]:
+    task = tasks.get(config.task.name, **config.task.options)
+    sampled, evaluation = config.solutions, config.evaluation
+    train = min(len(task.examples("train")), sampled.examples)
+    held_out = len(task.examples(evaluation.split)[: evaluation.limit])
+    return [
+        f"task {task.name}: {train} training examples x {sampled.samples} solutions = "
+        f"{train * sampled.samples:,} of up to {config.generation.max_new_tokens} tokens",
+        _length(config.training),
+        f"{held_out} {evaluation.split} examples x {config.verifier.candidates} candidates to pick "
+        "from",
     ]
 
 

@@ -39,6 +39,7 @@ from loralab.config.sections import (
     TaskConfig,
 )
 from loralab.config.training import DataConfig, EvaluationConfig, SftConfig, TrainingConfig
+from loralab.config.verifier import VerifierConfig
 from loralab.errors import UserError
 from loralab.yaml import parse_yaml
 
@@ -67,6 +68,7 @@ __all__ = [
     "TaskConfig",
     "TrainingConfig",
     "VariantConfig",
+    "VerifierConfig",
     "load",
     "parse",
     "parse_evolve",
@@ -74,7 +76,15 @@ __all__ = [
     "shipped",
 ]
 
-AnyConfig = EvolveConfig | SftConfig | AblationConfig | PretrainConfig | DpoConfig | GrpoConfig
+AnyConfig = (
+    EvolveConfig
+    | SftConfig
+    | AblationConfig
+    | PretrainConfig
+    | DpoConfig
+    | GrpoConfig
+    | VerifierConfig
+)
 KINDS: Mapping[str, type[AnyConfig]] = {
     "ablation": AblationConfig,
     "dpo": DpoConfig,
@@ -82,6 +92,7 @@ KINDS: Mapping[str, type[AnyConfig]] = {
     "grpo": GrpoConfig,
     "pretrain": PretrainConfig,
     "sft": SftConfig,
+    "verifier": VerifierConfig,
 }
 
 

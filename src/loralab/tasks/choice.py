@@ -89,6 +89,10 @@ class Choice:
         parts = {"answer": float(right), "answered": float(found is not None)}
         return Score(float(right), right, parts)
 
+    def answer(self, example: Example, completion: str) -> str | None:
+        """The last label, to vote by."""
+        return last_label(completion[-_LONGEST:], example.data["labels"])
+
     def gold(self, example: Example) -> str | None:
         """As the set writes it: "the correct answer is answer3"."""
         return str(example.data["output"])

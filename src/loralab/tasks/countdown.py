@@ -132,6 +132,11 @@ class Countdown:
         answer = 1.0 if right else 0.0
         return Score(0.1 * form + answer, right, {"format": form, "answer": answer})
 
+    def answer(self, example: Example, completion: str) -> str | None:
+        """The last expression in answer tags without its spaces, to vote by."""
+        found = last_answer(_THINK + completion if self._opens_thought(example) else completion)
+        return None if found is None else "".join(found.split()) or None
+
     def gold(self, example: Example) -> str | None:
         """The row's solution, or one found by search, in the right form; None if there is none."""
         problem = _problem(example)

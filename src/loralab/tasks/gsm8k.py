@@ -84,11 +84,13 @@ class GSM8K:
     def score(self, example: Example, completion: str) -> Score:
         """1 for the right number, else 0. parts: `answer`, and whether it was marked with ####
         (which is worth nothing)."""
-        # A copied problem is no answer, though its last number may happen to be the right one.
-        own = completion[-_LONGEST:].rpartition(str(example.data["question"]))[2]
-        own = _AGAIN.split(own, maxsplit=1)[0]
+        own = _own_words(example, completion)
         right = final_number(own) == example.data["answer"]
         return Score(float(right), right, {"answer": float(right), "marked": float(MARK in own)})
+
+    def answer(self, example: Example, completion: str) -> str | None:
+        """The final number, to vote by."""
+        return final_number(_own_words(example, completion))
 
     def gold(self, example: Example) -> str | None:
         """The solution, calculator marks taken out, ending in "#### 72"."""
@@ -119,6 +121,12 @@ class GSM8K:
                 for number, row in enumerate(rows)
             ]
         return self._read[split]
+
+
+def _own_words(example: Example, completion: str) -> str:
+    """A copied problem is no answer, though its last number may happen to be the right one."""
+    own = completion[-_LONGEST:].rpartition(str(example.data["question"]))[2]
+    return _AGAIN.split(own, maxsplit=1)[0]
 
 
 def final_number(text: str) -> str | None:
