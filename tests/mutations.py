@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import random
+import warnings
 
 _SWAPPED: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult,
@@ -15,6 +16,12 @@ _SWAPPED: dict[type, type] = {
 
 def mutants(program: str, name: str, seed: int, count: int) -> dict[str, str]:
     """Up to `count` programs, each with one change inside the function `name`, by what it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of regular expressions that are not spelled raw
+        return _mutants(program, name, seed, count)
+
+
+def _mutants(program: str, name: str, seed: int, count: int) -> dict[str, str]:
     places: list[tuple[str, int]] = []
     function = _function(ast.parse(program), name)
     for number, node in enumerate(ast.walk(function)):

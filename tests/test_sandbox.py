@@ -284,10 +284,11 @@ FLOODS = {
 @pytest.mark.parametrize("name", FLOODS)
 def test_limits(name: str) -> None:
     code, status = FLOODS[name]
-    began = time.monotonic()
-    outcome = sandbox.run(code, timeout=1.0, memory_mb=256)
+    # What is refused is so before any deadline, also on a machine that has much else to do.
+    deadline = 1.0 if status == "timeout" else 30.0
+    outcome = sandbox.run(code, timeout=deadline, memory_mb=256)
     assert outcome.status in status.split(), outcome.reason
-    assert time.monotonic() - began < 8
+    assert outcome.seconds < deadline + 5
     assert len(outcome.stdout) <= launch.OUTPUT_BYTES + 1
     assert not _left_behind()
 
@@ -317,7 +318,7 @@ def test_nothing_is_left(code: str, isolate: bool, monkeypatch: pytest.MonkeyPat
 
 def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     script = (
-        f"from loralab.sandbox import launch; launch._BOOT += {MARK!r}\n"
+        f"from loralab.sandbox import launch; launch.why_not_isolated(); launch._BOOT += {MARK!r}\n"
         "launch.run('import time; time.sleep(60)', timeout=50, unsafe=True)"
     )
     starter = subprocess.Popen([sys.executable, "-c", script])
@@ -406,14 +407,18 @@ def test_values_of_a_subclass_arrive_as_the_built_in() -> None:
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 def count(x): return Counter(x)
 def pair(): return namedtuple("P", "a b")(1, 2)
+def number(): return type("Odd", (int,), {"__eq__": lambda *a: False})(7)
+def word(): return type("Word", (str,), {"__eq__": lambda *a: False})("w")
 def made():
     d = defaultdict(list); d[1].append(2); return d"""
     tests = [
         "assert count('aab') == {'a': 2, 'b': 1} and type(count('a')) is dict",
         "assert pair() == (1, 2) and type(pair()) is tuple",
         "assert made() == {1: [2]}",
+        "assert number() == 7 and type(number()) is int",
+        "assert word() == 'w' and type(word()) is str",
     ]
-    names = ["count", "pair", "made"]
+    names = ["count", "pair", "made", "number", "word"]
     assert sandbox.run(code, tests=tests, names=names, unsafe=True).passed
 
 
@@ -446,6 +451,12 @@ def test_the_tests_keep_their_own_names() -> None:
     tests = ["import math\nassert math.isclose(add(1, 2), 3)", "assert abs(add(1, 2) - 3) < 1e-6"]
     outcome = sandbox.run(code, tests=tests, names=["add"], unsafe=True)
     assert outcome.tests == (False, False)
+
+
+def test_no_exception_of_the_code_ends_a_test_early() -> None:
+    code = "def add(a, b): raise StopIteration"
+    tests = ["for x in map(add, [1], [2]): assert x == 3", "assert list(map(add, [], [])) == []"]
+    assert sandbox.run(code, tests=tests, names=["add"], unsafe=True).tests == (False, True)
 
 
 def test_refuses_without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,6 @@ def _keep(job: dict[str, Any], alive: int) -> NoReturn:
     """Process 1: start the worker without privileges, and end with it."""
     status = job["status"]
     try:
-        os.setsid()
         if job["isolate"]:
             namespaces.drop_privileges()
         with contextlib.suppress(AttributeError):

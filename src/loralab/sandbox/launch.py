@@ -233,8 +233,9 @@ def _started(job: dict[str, Any], quiet: bool = False) -> Iterator[_Process]:
     """A jail that is gone, with everything in it, when the block ends."""
     inner = Path(__file__).parent
     boot = _BOOT.format(outer=str(inner.parent), inner=str(inner))
-    # -E would ignore the hash seed that makes a program's answer the same each time.
-    command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", boot]
+    # Not -I, which ignores the hash seed that makes a program's answer the same each time. With -u
+    # nothing is lost of what a program that has to be killed wrote.
+    command = [sys.executable, "-s", "-S", "-P", "-B", "-u", "-X", "utf8", "-c", boot]
     environment = {"HOME": "/tmp", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
     if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
