@@ -13,12 +13,14 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 import tiny
+from loralab.config import TrainingConfig
 from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
 from loralab.errors import UserError
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import flatten
-from loralab.gradient.rows import Row
+from loralab.gradient.rows import Row, prepare
+from loralab.gradient.sft import train
 from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
 from loralab.models.decoder_export import export, to_llama, to_mixtral
 from loralab.models.load import load
@@ -51,7 +53,9 @@ def decoder(seed: int = 0, **changes: Any) -> Any:
     """Random everywhere, norms too, large enough to give distinct logits."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = DecoderForCausalLM(DecoderConfig(**{**SHAPE, **changes}))
+        context = min(changes.get("cache_size", 96), 96)
+        shape = {**SHAPE, "max_position_embeddings": context, **changes}
+        made = DecoderForCausalLM(DecoderConfig(**shape))
         for parameter in made.parameters():
             if parameter.dim() >= 2:
                 torch.nn.init.normal_(parameter, std=0.2)
@@ -205,6 +209,24 @@ def test_lora_trains_through_gradient_checkpointing(kind: str) -> None:
     assert all(g.abs().sum() > 0 for g in gradients[0]) or "experts" in kind
 
 
+@pytest.mark.parametrize("kind", ["split", "fused"])
+def test_our_fine_tuning_takes_it_the_fast_way_and_learns_as_trl_does(kind: str) -> None:
+    pairs = [(tiny.words(2 + i % 4, i), tiny.words(1 + i % 5, 50 + i), "x") for i in range(12)]
+    rows = prepare(pairs, tiny.tokenizer(), 32).rows
+    told = []
+    for fast in (True, False):
+        model = get_peft_model(decoder(**KINDS[kind]), LoraConfig(r=4, target_modules="all-linear"))
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        settings = TrainingConfig(steps=4, batch_size=3, lr=1e-2, fast=fast)
+        told.append(train(model, tiny.tokenizer(), rows, settings, seed=4))
+    assert told[0].notes == ()
+    assert told[0].losses == pytest.approx(told[1].losses, abs=2e-4)
+    assert told[0].grad_norms == pytest.approx(told[1].grad_norms, rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_on_labelled_tokens_of_flat_rows_is_its_own_on_padded_ones(kind: str) -> None:
     model = decoder(**KINDS[kind])
@@ -349,6 +371,7 @@ def test_what_a_cache_of_fixed_size_cannot_do_is_said() -> None:
         ({"num_experts": 2, "num_experts_per_tok": 3}, "1 to the 2 experts"),
         ({"attention_sinks": 2}, "no sinks"),
         ({"attention_sinks": 4, "cache_size": 4}, "no room"),
+        ({"attention_sinks": 4, "cache_size": 95}, "less than max_position_embeddings 96"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], match: str) -> None:

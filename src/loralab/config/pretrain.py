@@ -97,10 +97,6 @@ class PretrainConfig(CommonConfig):
                 f"training.max_length {longest} is more than decoder.max_position_embeddings "
                 f"{shape.max_position_embeddings}"
             )
-        if shape.cache_size is not None and longest > shape.cache_size:
-            raise ValueError(
-                f"training.max_length {longest} is more than decoder.cache_size {shape.cache_size}"
-            )
         if len({source.weight is None for source in self.corpus}) > 1:
             raise ValueError("either every source of the corpus has a weight, or none has")
         return self

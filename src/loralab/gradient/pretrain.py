@@ -42,7 +42,7 @@ from loralab.gradient.loop import (
 )
 from loralab.gradient.outputs import rewind, save_trained
 from loralab.gradient.rows import Row
-from loralab.gradient.stream import Mixture, rows_of, shuffled
+from loralab.gradient.stream import Mixture, rows_of, shuffled, token_counts
 from loralab.gradient.tokenizer import train_tokenizer
 from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
 from loralab.run import Run
@@ -106,6 +106,7 @@ def _pretrain(
         parts = [
             rows_of(s, shuffled(s.train, config.seed), tokenizer, length, packed) for s in sources
         ]
+        counts = [token_counts(part) for part in parts]
         mixture = Mixture(parts, [s.config.weight for s in sources])
         held = [
             row for s in sources if s.test for row in rows_of(s, s.test, tokenizer, length, packed)
@@ -129,8 +130,8 @@ def _pretrain(
             model=f"{config.name} ({config.decoder.attention} attention)",
             task=", ".join(Path(source.path).name for source in config.corpus),
             rows=len(mixture),
-            tokens=sum(len(row.input_ids) for part in parts for row in part),
-            learned=sum(row.learned for part in parts for row in part),
+            tokens=sum(tokens for tokens, _ in counts),
+            learned=sum(learned for _, learned in counts),
             parameters=sum(p.numel() for p in model.parameters()),
             steps=total_steps(len(mixture), settings),
             resumed_at=done or None,

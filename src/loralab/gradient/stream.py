@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from loralab.errors import UserError
 from loralab.gradient.collate import as_record
 from loralab.gradient.corpus import Document, Source
-from loralab.gradient.rows import IGNORED, Row, pack, prepare
+from loralab.gradient.rows import Row, pack, prepare
 
 _BATCH = 1024
 """Documents given to the tokenizer at a time."""
@@ -48,12 +48,12 @@ class TextRows(Sequence[Row]):
         ends = np.append(starts[1:], len(self._ids))
         # The last token of a document may have fallen alone into a row: nothing is predicted there.
         wide = ends - starts > 1
+        self.tokens = int((ends - starts)[wide].sum())
+        """In all rows."""
+        inner = np.setdiff1d(self._borders[1:-1], starts)
+        self.learned = self.tokens - int(wide.sum()) - len(inner)
+        """Those that are predicted: all but the first of each sequence."""
         self._starts, self._ends = starts[wide], ends[wide]
-
-    @property
-    def tokens(self) -> int:
-        """Of all documents."""
-        return len(self._ids)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -66,7 +66,8 @@ class TextRows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         start, end = int(self._starts[index]), int(self._ends[index])
-        inside = self._borders[(self._borders > start) & (self._borders < end)]
+        first = np.searchsorted(self._borders, start, side="right")
+        inside = self._borders[first : np.searchsorted(self._borders, end)]
         lengths = np.diff(np.concatenate([[start], inside, [end]]))
         ids = tuple(self._ids[start:end].tolist())
         return Row(ids, ids, tuple(lengths.tolist()))
@@ -142,6 +143,8 @@ def shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
     return mixed
 
 
-def learned_tokens(rows: Sequence[Row]) -> int:
-    """Labels that are learned in all rows."""
-    return sum(sum(label != IGNORED for label in row.labels) for row in rows)
+def token_counts(rows: Sequence[Row]) -> tuple[int, int]:
+    """Tokens in all rows, and those of them that are learned."""
+    if isinstance(rows, TextRows):
+        return rows.tokens, rows.learned
+    return sum(len(row.input_ids) for row in rows), sum(row.learned for row in rows)

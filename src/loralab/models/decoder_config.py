@@ -16,7 +16,8 @@ class DecoderConfig(PreTrainedConfig):  # type: ignore[misc]
     num_experts: SwiGLU experts of a layer, of which a token takes num_experts_per_tok; 0 is one
         plain SwiGLU. load_balance_coef: weight of the load-balancing loss beside the loss.
     cache_size: keys and values that are kept of any text, however long: the first attention_sinks
-        tokens and the last ones (StreamingLLM, arXiv:2309.17453). None keeps all.
+        tokens and the last ones (StreamingLLM, arXiv:2309.17453). None keeps all. No less than
+        max_position_embeddings: up to there the model is as any other.
     """
 
     model_type = MODEL_TYPE
@@ -76,7 +77,12 @@ class DecoderConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"attention_sinks is {self.attention_sinks} but cache_size is null: a cache that "
                 "keeps everything has no sinks"
             )
-        if self.cache_size is not None and not 0 <= self.attention_sinks < self.cache_size:
+        if self.cache_size is not None and self.attention_sinks >= self.cache_size:
             raise ValueError(
                 f"cache_size {self.cache_size} has no room behind {self.attention_sinks} sinks"
+            )
+        if self.cache_size is not None and self.cache_size < self.max_position_embeddings:
+            raise ValueError(
+                f"cache_size {self.cache_size} is less than max_position_embeddings "
+                f"{self.max_position_embeddings}, the tokens that are read with nothing let go"
             )
