@@ -13,10 +13,13 @@ from loralab import config as configs
 from loralab.config import (
     AblationConfig,
     AnyConfig,
+    ClassifyConfig,
+    DistillConfig,
     DpoConfig,
     EvolveConfig,
     GrpoConfig,
     PretrainConfig,
+    Seq2SeqConfig,
     SftConfig,
     VerifierConfig,
 )
@@ -97,6 +100,12 @@ def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
             result = _reinforce(config, run, on_event)
         case VerifierConfig():
             result = _verify(config, run, on_event)
+        case ClassifyConfig():
+            result = _classify(config, run, on_event)
+        case Seq2SeqConfig():
+            result = _seq2seq(config, run, on_event)
+        case DistillConfig():
+            return _distill(config, run, on_event)
         case AblationConfig():
             return _ablate(config, run, on_event)
     build_report(run.path)
@@ -137,6 +146,24 @@ def _verify(config: VerifierConfig, run: Run, on_event: OnEvent) -> Result:
     from loralab.gradient.verify import verify
 
     return _watched(verify, config, run, on_event)
+
+
+def _classify(config: ClassifyConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.classify import classify
+
+    return _watched(classify, config, run, on_event)
+
+
+def _seq2seq(config: Seq2SeqConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.seq2seq import seq2seq
+
+    return _watched(seq2seq, config, run, on_event)
+
+
+def _distill(config: DistillConfig, run: Run, on_event: OnEvent) -> Result:
+    from loralab.gradient.distill import distill
+
+    return _watched(distill, config, run, on_event)
 
 
 def _watched(

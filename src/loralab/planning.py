@@ -6,10 +6,13 @@ from loralab import tasks
 from loralab.config import (
     AblationConfig,
     AnyConfig,
+    ClassifyConfig,
+    DistillConfig,
     DpoConfig,
     EvolveConfig,
     GrpoConfig,
     PretrainConfig,
+    Seq2SeqConfig,
     SftConfig,
     TrainingConfig,
     VerifierConfig,
@@ -35,6 +38,10 @@ def plan(config: AnyConfig) -> list[str]:
             return _plan_policy(config)
         case VerifierConfig():
             return _plan_verifier(config)
+        case ClassifyConfig() | Seq2SeqConfig():
+            return _plan_task(config)
+        case DistillConfig():
+            return _plan_distillation(config)
         case AblationConfig():
             first = config.config_of(config.variants[0].name, 0)
             count = len(config.variants) * len(config.seeds)
@@ -127,6 +134,31 @@ def _plan_verifier(config: VerifierConfig) -> list[str]:
         _length(config.training),
         f"{held_out} {evaluation.split} examples x {config.verifier.candidates} candidates to pick "
         "from",
+    ]
+
+
+def _plan_task(config: ClassifyConfig | Seq2SeqConfig) -> list[str]:
+    task, evaluation = tasks.get(config.task.name, **config.task.options), config.evaluation
+    train, test = len(task.examples("train")), len(task.examples("test"))
+    held_out = len(task.examples(evaluation.split)[: evaluation.limit])
+    between = "" if evaluation.every is None else f", and every {evaluation.every} steps"
+    return [
+        f"task {task.name}: {train} training and {test} test examples",
+        _length(config.training),
+        f"{held_out} {evaluation.split} examples answered before and after{between}",
+    ]
+
+
+def _plan_distillation(config: DistillConfig) -> list[str]:
+    task = tasks.get(config.task.name, **config.task.options)
+    count = len(task.examples(config.split)[: config.examples])
+    teacher = (
+        config.model if config.endpoint is None else f"{config.model} at {config.endpoint.url}"
+    )
+    return [
+        f"task {task.name}: {count} {config.split} examples x {config.samples} completions = "
+        f"{count * config.samples:,} of up to {config.generation.max_new_tokens} tokens",
+        f"teacher: {config.model}{place}",
     ]
 
 

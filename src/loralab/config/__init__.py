@@ -17,6 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from loralab.config.ablation import AblationConfig, VariantConfig
+from loralab.config.classify import ClassifyConfig
+from loralab.config.distill import DistillConfig
 from loralab.config.dpo import DpoConfig
 from loralab.config.evolve import (
     EvolutionConfig,
@@ -38,6 +40,7 @@ from loralab.config.sections import (
     Section,
     TaskConfig,
 )
+from loralab.config.seq2seq import Seq2SeqConfig
 from loralab.config.training import DataConfig, EvaluationConfig, SftConfig, TrainingConfig
 from loralab.config.verifier import VerifierConfig
 from loralab.errors import UserError
@@ -48,8 +51,10 @@ __all__ = [
     "AblationConfig",
     "AdapterConfig",
     "AnyConfig",
+    "ClassifyConfig",
     "CommonConfig",
     "DataConfig",
+    "DistillConfig",
     "DpoConfig",
     "EngineConfig",
     "EvaluationConfig",
@@ -64,6 +69,7 @@ __all__ = [
     "ScaleConfig",
     "ScheduleConfig",
     "Section",
+    "Seq2SeqConfig",
     "SftConfig",
     "TaskConfig",
     "TrainingConfig",
@@ -83,14 +89,20 @@ AnyConfig = (
     | PretrainConfig
     | DpoConfig
     | GrpoConfig
+    | ClassifyConfig
+    | Seq2SeqConfig
     | VerifierConfig
+    | DistillConfig
 )
 KINDS: Mapping[str, type[AnyConfig]] = {
     "ablation": AblationConfig,
+    "classify": ClassifyConfig,
+    "distill": DistillConfig,
     "dpo": DpoConfig,
     "evolve": EvolveConfig,
     "grpo": GrpoConfig,
     "pretrain": PretrainConfig,
+    "seq2seq": Seq2SeqConfig,
     "sft": SftConfig,
     "verifier": VerifierConfig,
 }
