@@ -390,7 +390,7 @@ def test_a_program_of_its_own(way: str) -> None:
     [
         "None", "True", "0", "-1", "2**53", "-(2**64)", "10**4000", "0.1", "-0.0", "1e300 * 1e300",
         "'text'", "'\\ud800'", "b'\\x00\\xff'", "1 + 2j", "[]", "[1, (2, [3]), {4}]", "()",
-        "{'a': 1, (1, 2): [None]}", "frozenset({1})", "{1: {2: {3: 4}}}",
+        "{'a': 1, (1, 2): [None]}", "frozenset({1})", "{1: {2: {3: 4}}}", "[int, type(None)]",
     ],
 )  # fmt: skip
 def test_plain_values_travel_both_ways(value: str) -> None:

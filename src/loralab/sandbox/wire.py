@@ -1,8 +1,9 @@
 """Plain values between two interpreters, as framed JSON: nothing that arrives can run.
 
-None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset travel by value;
-a value of a subclass arrives as the built-in it extends, so that no `__eq__` of its own comes
-along. Anything else stays where it is and travels as a number that stands for it.
+None, bool, int, float, complex, str, bytes, list, tuple, dict, set and frozenset travel by value,
+and these types themselves by name; a value of a subclass arrives as the built-in it extends, so
+that no `__eq__` of its own comes along. Anything else stays where it is and travels as a number
+that stands for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ LONGEST = 4 << 20
 """Bytes of one message. Tests of HumanEval and MBPP need a few kilobytes."""
 
 _SMALL = 1 << 53
+_PLAIN = (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset)
+_TYPES = {kind.__name__: kind for kind in (*_PLAIN, type(None), object, range, type)}
 
 
 class WireError(Exception):
@@ -89,6 +92,8 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
     if isinstance(value, dict):
         pairs = [[encode(k, refer), encode(v, refer)] for k, v in dict.items(value)]
         return {"dict": pairs}
+    if any(value is kind for kind in _TYPES.values()):
+        return {"type": value.__name__}
     return {"object": refer(value)}
 
 
@@ -108,6 +113,8 @@ def decode(value: Any, resolve: Callable[[int], Any]) -> Any:
             return int(content, 16)
         if kind == "object":
             return resolve(content)
+        if kind == "type":
+            return _TYPES[content]
         if kind == "bytes":
             return bytes.fromhex(content)
         if kind == "complex":
