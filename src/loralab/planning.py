@@ -152,9 +152,7 @@ def _plan_task(config: ClassifyConfig | Seq2SeqConfig) -> list[str]:
 def _plan_distillation(config: DistillConfig) -> list[str]:
     task = tasks.get(config.task.name, **config.task.options)
     count = len(task.examples(config.split)[: config.examples])
-    teacher = (
-        config.model if config.endpoint is None else f"{config.model} at {config.endpoint.url}"
-    )
+    place = "" if config.endpoint is None else f" at {config.endpoint.url}"
     return [
         f"task {task.name}: {count} {config.split} examples x {config.samples} completions = "
         f"{count * config.samples:,} of up to {config.generation.max_new_tokens} tokens",
