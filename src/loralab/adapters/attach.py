@@ -39,20 +39,28 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig) -> LoraConfig:
     from loralab.adapters import LSLoraConfig, SineLoraConfig
 
     kinds: dict[str, Any] = {"lora": LoraConfig, "lslora": LSLoraConfig, "sinelora": SineLoraConfig}
-    task_type = "CAUSAL_LM" if hasattr(model, "lm_head") else None
     try:
         return kinds[config.type](
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=_targets(model, config),
-            task_type=task_type,
+            task_type=_task_type(model),
             **config.type_options,
         )
     except TypeError as error:
         raise UserError(f"adapter.type_options: {error}") from error
     except ValueError as error:
         raise UserError(f"adapter: {error}") from error
+
+
+def _task_type(model: PreTrainedModel) -> str | None:
+    """PEFT's word for what the model is for; a classifier's head is then trained and saved too."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if model.config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if hasattr(model, "lm_head") else None
 
 
 def targeted_weights(model: PreTrainedModel, config: AdapterConfig) -> dict[str, Tensor]:

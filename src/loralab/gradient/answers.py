@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
+from loralab.evaluate import metrics_of
 from loralab.gradient.events import Answered, Answering, OnTrainingEvent
-from loralab.gradient.judge import Judge, score_row
-from loralab.rollouts import Rollout, completion_rows, plain
+from loralab.gradient.judge import Progress, score_row
+from loralab.rollouts import Batch, Rollout, completion_rows, plain
 from loralab.run import Run
 from loralab.timings import Timings
 
@@ -15,10 +16,26 @@ SHOWN_DURING = 8
 """Held-out answers written down at each evaluation in between; before and after, all are."""
 
 
+class Answerer(Protocol):
+    """What answers held-out examples: the batched engine (`Judge`), or a model of another kind."""
+
+    batch: Batch
+
+    def base(self, progress: Progress | None = None) -> list[Rollout]:
+        """Before the model is changed."""
+        ...
+
+    def trained(self, model: Any, progress: Progress | None = None) -> list[Rollout]:
+        """As the model is now."""
+        ...
+
+
 class Answers:
     """Asks a judge and writes down what it hears."""
 
-    def __init__(self, run: Run, judge: Judge, timings: Timings, on_event: OnTrainingEvent) -> None:
+    def __init__(
+        self, run: Run, judge: Answerer, timings: Timings, on_event: OnTrainingEvent
+    ) -> None:
         self._run = run
         self._judge = judge
         self._timings = timings
@@ -41,13 +58,19 @@ class Answers:
         ask: Callable[[Any], list[Rollout]],
         measured: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Ask, write the completions down, and say how it went; what it adds to the metrics.
+        """Ask, write the completions down, and say how it went; what it adds to the metrics, the
+        task's own (held_out_f1, held_out_rougeL) too.
 
         measured: held-out scores that do not come from the answers, in their place.
         """
         with self._timings.phase("evaluation"):
             rollouts = ask(lambda done, of: self._on_event(Answering(done, of)))
-        scores = {**score_row(rollouts), **(measured or {})}
+        own = metrics_of(self._judge.batch.task, rollouts)
+        scores = {
+            **score_row(rollouts),
+            **{f"held_out_{name}": value for name, value in own.items()},
+            **(measured or {}),
+        }
         if not scores:
             return {}
         shown = rollouts[:SHOWN_DURING] if phase == "during" else rollouts

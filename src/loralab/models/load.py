@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import metadata
@@ -18,7 +18,14 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
@@ -60,13 +67,52 @@ def load(
     Example:
         >>> model, tokenizer = load("smollm2", dtype="float32")  # doctest: +SKIP
     """
+    return _load(AutoModelForCausalLM, str(name), dtype, device, quantization)
+
+
+def load_seq2seq(name: str, dtype: str = "bfloat16", device: str = "cpu") -> tuple[Any, Tokenizer]:
+    """As `load`, for an encoder-decoder such as T5. Raises UserError if it is none."""
+    return _load(AutoModelForSeq2SeqLM, name, dtype, device)
+
+
+def load_classifier(
+    name: str, classes: Sequence[str], dtype: str = "bfloat16", device: str = "cpu", seed: int = 0
+) -> tuple[Any, Tokenizer]:
+    """As `load`, with a head for these classes in place of the language model's.
+
+    A head that the weights do not hold is drawn from the seed.
+    """
+    names = dict(enumerate(classes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, tokenizer = _load(
+            AutoModelForSequenceClassification,
+            name,
+            dtype,
+            device,
+            id2label=names,
+            label2id={label: number for number, label in names.items()},
+        )
+    # Its own pooling, which loralab's training does not use, looks for this id.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _load(
+    auto: Any,
+    name: str,
+    dtype: str,
+    device: str,
+    quantization: Quantization | None = None,
+    **more: Any,
+) -> tuple[Any, Tokenizer]:
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected {' or '.join(map(repr, DTYPES))}")
     place = pick_device(device)
     with _quiet():
-        source = locate(str(name), DTYPES[dtype])
+        source = locate(name, DTYPES[dtype])
         options = _quantized(quantization, DTYPES[dtype], place)
-        model, tokenizer = _from_pretrained(source, DTYPES[dtype], options)
+        model, tokenizer = _from_pretrained(auto, source, DTYPES[dtype], {**options, **more})
     if quantization is None:
         model.to(place)
     else:
@@ -174,12 +220,12 @@ def _keep_gradients(model: Any) -> None:
 
 
 def _from_pretrained(
-    source: str, dtype: torch.dtype, options: Mapping[str, Any]
+    auto: Any, source: str, dtype: torch.dtype, options: Mapping[str, Any]
 ) -> tuple[Any, Any]:
     """Load from a directory, else from the hub's cache, else from the hub."""
     local = Path(source).is_dir()
     try:
-        return _read(source, dtype, options, local_files_only=True)
+        return _read(auto, source, dtype, options, local_files_only=True)
     except (OSError, ValueError) as error:
         if local:
             raise UserError(f"model {source!r}: {_first_line(error)}") from error
@@ -189,16 +235,20 @@ def _from_pretrained(
             f"is no network; known without one: {', '.join(PACKAGED)}"
         )
     try:
-        return _read(source, dtype, options, local_files_only=False)
+        return _read(auto, source, dtype, options, local_files_only=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model {source!r}: {_first_line(error)}") from error
 
 
 def _read(
-    source: str, dtype: torch.dtype, options: Mapping[str, Any], local_files_only: bool
+    auto: Any,
+    source: str,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    local_files_only: bool,
 ) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto.from_pretrained(
         source, dtype=dtype, use_safetensors=True, local_files_only=local_files_only, **options
     )
     return model, tokenizer

@@ -1,0 +1,205 @@
+"""A run of a kind whose evaluation is not the batched engine's: answers, steps, what is kept.
+
+What differs between such kinds is given as `Parts`: their model, rows and batches, and how they
+answer. The way through a run is the same as that of `fine_tune`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, TrainingArguments
+
+from loralab.config.training import GradientConfig
+from loralab.errors import UserError
+from loralab.gradient.answers import Answerer, Answers
+from loralab.gradient.diary import Diary
+from loralab.gradient.events import (
+    OnTrainingEvent,
+    Remark,
+    TrainingEnded,
+    TrainingStarted,
+)
+from loralab.gradient.fine_tune import FineTuned, trainable
+from loralab.gradient.loop import (
+    History,
+    Watched,
+    arguments,
+    checkpoints,
+    fast_lora,
+    forward_kept,
+    quiet,
+    step_of,
+    total_steps,
+)
+from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
+from loralab.run import Run
+from loralab.timings import Timings
+
+Record = Mapping[str, Any]
+
+STARTS = (
+    "zero_b",
+    "tiny",
+    "random",
+    "orthogonal",
+    "orthogonal_negative",
+    "gaussian",
+    "mica",
+    "progressive",
+)
+"""Initialisations that look at no text and leave the base, and so the rest of what is saved, as it
+is."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a kind brings to a run.
+
+    records: training rows for `collate`. tokens, learned: in all of them, and those with a label.
+    cut: rows that lost their end to a length. trainer: its class; arguments: the class of its
+    arguments. wrapped: entered around training, around the model without PEFT's wrapper.
+    """
+
+    model: Any
+    tokenizer: Any
+    records: Sequence[Record]
+    tokens: int
+    learned: int
+    cut: int
+    collate: Callable[[Sequence[Record]], dict[str, Any]]
+    judge: Answerer
+    trainer: type[Watched]
+    arguments: type[TrainingArguments]
+    wrapped: Callable[[Any], AbstractContextManager[None]] = nullcontext
+
+
+def run_session(
+    config: GradientConfig,
+    run: Run,
+    on_event: OnTrainingEvent,
+    stopping: Callable[[], bool],
+    parts: Callable[[], Parts],
+) -> FineTuned:
+    """Train as the config says in a run directory, or go on with what is there.
+
+    parts: made when the run's timings run. stopping: asked after every step; True saves a
+    checkpoint and ends the run early.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; what is saved are the weights before it.
+        UserError: something the user can mend; the run can be resumed afterwards.
+    """
+    timings = Timings.load(run.timings_path)
+    try:
+        with timings.phase("total_experiment"):
+            return _run(config, run, on_event, stopping, timings, parts)
+    finally:
+        timings.save(run.timings_path)
+
+
+def _run(
+    config: GradientConfig,
+    run: Run,
+    on_event: OnTrainingEvent,
+    stopping: Callable[[], bool],
+    timings: Timings,
+    make: Callable[[], Parts],
+) -> FineTuned:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.adapter is not None and config.adapter.init.name not in STARTS:
+        raise UserError(
+            f"adapter.init: {config.adapter.init.name} is for causal language models; expected "
+            f"{', '.join(STARTS)}"
+        )
+    settings = config.training
+    with timings.phase("server_launch"):
+        parts = make()
+    rows = len(parts.records)
+    if not rows:
+        raise UserError("there are no rows to train on")
+    run.note(kernel="transformers", rows=rows, rows_cut=parts.cut)
+    if parts.cut:
+        on_event(Remark(f"{parts.cut} of {rows} rows are longer than allowed and lose their end"))
+    found = checkpoints(run.checkpoints)
+    resume_from = found[-1] if found else None
+    done = 0 if resume_from is None else step_of(resume_from)
+    rewind(run, done)
+    answers = Answers(run, parts.judge, timings, on_event)
+    answers.before()
+    with timings.phase("init_population"), quiet():
+        trained = trainable(parts.model, parts.tokenizer, config, (), run)
+
+    on_event(
+        TrainingStarted(
+            model=config.model,
+            task=parts.judge.batch.task.name,
+            rows=rows,
+            tokens=parts.tokens,
+            learned=parts.learned,
+            parameters=sum(p.numel() for p in trained.parameters() if p.requires_grad),
+            steps=total_steps(rows, settings),
+            resumed_at=done or None,
+        )
+    )
+    diary = Diary(
+        config, run, timings, on_event, stopping, lambda step: answers.of(trained, step, "during")
+    )
+    saved = (trained, parts.tokenizer, config.model, run)
+    with timings.phase("training"), kept_when_not_finite(*saved):
+        history = _train(trained, parts, config, [diary], run, resume_from)
+    pass_on(history.notes, run, on_event)
+    with timings.phase("saving"):
+        save_trained(*saved)
+    if history.complete:
+        answers.of(trained, history.steps, "after")
+    on_event(TrainingEnded(history.complete, history.steps))
+    return FineTuned(history.complete, history.steps, history.losses)
+
+
+def _train(
+    model: Any,
+    parts: Parts,
+    config: GradientConfig,
+    callbacks: Sequence[Any],
+    run: Run,
+    resume_from: Any,
+) -> History:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    notes: tuple[str, ...] = ()
+    with ExitStack() as stack:
+        stack.enter_context(forward_kept(model, inner))
+        stack.enter_context(quiet())
+        settings = arguments(
+            parts.arguments,
+            model,
+            config.training,
+            config.seed,
+            run.checkpoints,
+            config.full and config.dtype == "bfloat16",
+            keep=True,
+        )
+        stack.enter_context(parts.wrapped(inner))
+        trainer = parts.trainer(
+            model=model,
+            args=settings,
+            data_collator=parts.collate,
+            train_dataset=Dataset.from_list([dict(record) for record in parts.records]),
+            callbacks=list(callbacks),
+        )
+        # The loss is divided by what the whole update learns, not by each batch's share.
+        trainer.model_accepts_loss_kwargs = True
+        trainer.remove_callback(PrinterCallback)
+        if config.training.fast and config.adapter is not None:
+            notes = stack.enter_context(fast_lora(model))
+        try:
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        finally:
+            model.eval()
+    return History.of(trainer, notes)
