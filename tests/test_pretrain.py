@@ -121,6 +121,8 @@ def test_a_resumed_run_ends_in_the_same_bits(
     assert (first.complete, first.steps) == (False, 2)
     # Killed without a word after step 6: the checkpoint of step 4 is the last.
     _, cut = run_it(tmp_path / "cut", config, stop_at=6)
+    curve = (cut.path / "evaluation.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in curve] == ["step", "0", "3", "6"]
     newest = checkpoints(cut.checkpoints)[-1]
     newest.rename(newest.with_name("lost"))
     assert [path.name for path in checkpoints(cut.checkpoints)] == ["checkpoint-4"]

@@ -12,7 +12,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from loralab import durable
 from loralab.config.pretrain import PretrainConfig
@@ -124,7 +131,7 @@ def _pretrain(
     probe = _Probe(config, run, model, tokenizer, held, timings, on_event)
     if not any(row.get("phase") == "before" for row in run.metrics()):
         probe.line(0, "before")
-    diary = Diary(config, run, timings, on_event, stopping, probe.scores)
+    diary = _Diary(config, run, timings, on_event, stopping, probe.scores)
     on_event(
         TrainingStarted(
             model=f"{config.name} ({config.decoder.attention} attention)",
@@ -327,6 +334,23 @@ class _Probe:
         if texts:
             self._on_event(Evaluated(step, held, prompts[0], texts[0]))
         return {} if held is None else {"held_out_loss": held, "perplexity": perplexity(held)}
+
+
+class _Diary(Diary):
+    """Keeps the file of evaluations up to date with the lines."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        super().on_log(args, state, control, logs, **more)
+        every = self._config.evaluation.every
+        if every is not None and state.global_step % every == 0:
+            write_curve(self._run)
 
 
 def write_curve(run: Run) -> None:
