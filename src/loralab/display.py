@@ -205,10 +205,10 @@ class _Training:
 
 def _training_opening(event: TrainingStarted) -> str:
     again = "" if event.resumed_at is None else f", resumed after step {event.resumed_at}"
+    tokens = f"{event.tokens:,} tokens of which {event.learned:,} learned, " * bool(event.tokens)
     return (
-        f"{event.model} on {event.task}: {event.rows:,} rows, {event.tokens:,} tokens of which "
-        f"{event.learned:,} learned, {event.parameters:,} parameters trained, "
-        f"{event.steps:,} steps{again}"
+        f"{event.model} on {event.task}: {event.rows:,} rows, {tokens}"
+        f"{event.parameters:,} parameters trained, {event.steps:,} steps{again}"
     )
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class TrainingStarted:
     """Everything is loaded and the rows are made.
 
-    tokens, learned: in all rows, and those of them with a label. parameters: that are trained.
+    tokens, learned: in all rows, and those of them with a label; 0 where rows are prompts whose
+    completions are yet to be sampled. parameters: that are trained.
     resumed_at: steps that were done before, None for a new run.
     """
 

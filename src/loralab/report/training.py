@@ -40,6 +40,7 @@ class TrainingSummary:
     over the first and the last tenth of the steps. planned: None where epochs were asked for.
     """
 
+    kind: str
     steps: tuple[Mapping[str, Any], ...]
     scores: tuple[Mapping[str, Any], ...]
     loss: Change
@@ -105,6 +106,7 @@ def summarise_training(run: Run) -> TrainingSummary:
     facts = run.environment()
     first, last = (scores[0] if scores else {}), (scores[-1] if len(scores) > 1 else {})
     return TrainingSummary(
+        kind=str(run.config.get("kind")),
         steps=tuple(steps),
         scores=tuple(scores),
         loss=_ends([row["loss"] for row in steps]),
@@ -126,7 +128,8 @@ def summarise_training(run: Run) -> TrainingSummary:
 def training_charts(summary: TrainingSummary) -> list[Chart]:
     """Every chart the run has data for, in the order of the page."""
     drawn = (
-        _loss(summary.steps),
+        *_of_kind(summary),
+        _loss(summary),
         _held_out(summary.scores),
         single_chart(summary.steps, "grad_norm", "Gradient", "Norm over all trained weights, "
                      "before clipping: growth means divergence.", BLUE),
@@ -136,7 +139,29 @@ def training_charts(summary: TrainingSummary) -> list[Chart]:
     return [chart for chart in drawn if chart is not None]
 
 
-def _loss(steps: Sequence[Mapping[str, Any]]) -> Chart | None:
+_LOSSES = {
+    "dpo": "A pair's -log sigmoid of its margin: ln 2 = 0.693 where nothing is preferred yet.",
+    "grpo": "The clipped policy loss, near 0 by its making: the reward is what to look at.",
+    "verifier": "Cross-entropy of the judgements: ln 2 = 0.693 for one that knows nothing.",
+}
+_LOSS = "Mean negative log-likelihood of a learned token, in nats; a step's own rows."
+
+
+def _of_kind(summary: TrainingSummary) -> list[Chart | None]:
+    """What only some kinds of training log: reward of a policy, margin of pairs."""
+    steps = summary.steps
+    return [
+        single_chart(steps, "reward_mean", "Training reward", "Mean over the completions that the "
+                     "step learns from.", ORANGE, floor=None),
+        single_chart(steps, "margin", "Preference margin", "Mean over the step's pairs of the "
+                     "chosen answer's reward less the rejected one's.", ORANGE, floor=None),
+        single_chart(steps, "judged_right", "Solutions judged right", "Share of the step's "
+                     "solutions.", ORANGE),
+    ]  # fmt: skip
+
+
+def _loss(summary: TrainingSummary) -> Chart | None:
+    steps = summary.steps
     if not steps:
         return None
     losses = column(steps, "loss")
@@ -154,8 +179,7 @@ def _loss(steps: Sequence[Mapping[str, Any]]) -> Chart | None:
 
     alt = f"Training loss over {len(steps)} logged steps: from {number(losses[0])} to "
     alt += f"{number(losses[-1])}, lowest {number(min(losses))}."
-    caption = "Mean negative log-likelihood of a learned token, in nats; a step's own rows."
-    return finish("loss", alt, caption, draw)
+    return finish("loss", alt, _LOSSES.get(summary.kind, _LOSS), draw)
 
 
 def _held_out(scores: Sequence[Mapping[str, Any]]) -> Chart | None:
@@ -181,9 +205,17 @@ def _held_out(scores: Sequence[Mapping[str, Any]]) -> Chart | None:
 
 
 def single_chart(
-    steps: Sequence[Mapping[str, Any]], key: str, name: str, caption: str, colour: str
+    steps: Sequence[Mapping[str, Any]],
+    key: str,
+    name: str,
+    caption: str,
+    colour: str,
+    floor: float | None = 0,
 ) -> Chart | None:
-    """One column of the steps' lines over the steps; None where no line has it."""
+    """One column of the steps' lines over the steps; None where no line has it.
+
+    floor: where the axis begins, None where the numbers do.
+    """
     rows = rows_with(steps, key)
     if not rows:
         return None
@@ -191,7 +223,7 @@ def single_chart(
     def draw(axes: Any) -> None:
         axes.plot(column(rows, "step"), column(rows, key), color=colour, **dot(rows))
         title(axes, name)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=floor)
         axes.yaxis.set_major_formatter(lambda value, _: number(value))
         along(axes, "step")
 
