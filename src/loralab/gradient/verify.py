@@ -138,13 +138,16 @@ def _verify(
     verifier = Verifier(trained, new_head(trained), layout, settings.batch_size)
 
     def chosen(step: int, phase: str) -> dict[str, Any]:
-        with timings.phase("evaluation"), quiet():
-            scores = [verifier.score([one.row for one in group]) for group in candidates]
+        # A head of zeros gives every candidate a half: there is nothing to run.
+        scores = [[0.5] * len(group) for group in candidates]
+        if phase != "before":
+            with timings.phase("evaluation"), quiet():
+                scores = [verifier.score([one.row for one in group]) for group in candidates]
         picked = pick(candidates, scores)
         row = _row(picked, blind=phase == "before")
         rows, shown = [], []
         for group, given in zip(candidates, scores, strict=True):
-            best = 0 if phase == "before" else max(range(len(group)), key=given.__getitem__)
+            best = max(range(len(group)), key=given.__getitem__)
             shown.append(group[best])
             rows.append({"example": group[0].example, "scores": given})
         if phase == "after":
