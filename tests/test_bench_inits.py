@@ -74,6 +74,7 @@ def test_a_trial_measures_everything_and_goes_into_the_table(kind: Kind, lab: La
 def trial(label: str, seed: int, **values: Any) -> dict[str, Any]:
     row = {
         "label": label, "seed": seed, "kl_0": 0.5, "agreement_0": 0.75, "wiki_perplexity_0": 30.0,
+        "own_text_nats": 0.7, "own_text_nats_of_base": 0.6,
         "garbled": False, "relative_size": 0.1, "init_cpu_seconds": 2.0,
         "losses": [2.0 - 0.1 * i for i in range(12)], "held_out_loss": 1.0 + seed,
         "gsm8k_form": 0.5, "gsm8k": 0.0, "effective_rank": 3.0, "forgetting": 0.01,
@@ -88,7 +89,8 @@ def test_the_table_holds_means_and_deviations_over_seeds(tmp_path: Path) -> None
     page = tmp_path / "page.md"
     inits.table(rows, Budget(), "the command").write(page)
     text = page.read_text()
-    assert "| zero_b | 0.5 | 75% | 30 | 0% | 0.1 | 2 |" in text
+    assert "(0.60 to its own)" in text
+    assert "| zero_b | 0.5 | 75% | 30 | 0.7 | 0% | 0.1 | 2 |" in text
     assert "1.5000 ± 0.7071" in text
     assert "-10.0 ± 0.0 | -2.0 ± 0.0 | -3.0 ± 0.0 | - | - | - |" in text
     assert text.count("| mica |") == 2, "no row among the evolved"

@@ -202,6 +202,7 @@ def run_trial(lab: Lab, kind: Kind, seed: int) -> dict[str, Any]:
     """Every measurement of one start with one seed; `error` where the start was refused."""
     budget, began = lab.budget, time.perf_counter()
     _forget_peak()
+    lab.engine.set_base({})  # the last search may have left its own weights in the shared base
     with quiet():
         model, tokenizer = load(lab.model_name, quantization=kind.quantization)
         peft = attach(model, lab.adapter(), seed)

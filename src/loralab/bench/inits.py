@@ -178,7 +178,8 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
     first = [
         [
             label, _mean(by[label], "kl_0"), _share(by[label], "agreement_0"),
-            _mean(by[label], "wiki_perplexity_0"), _share(by[label], "garbled"),
+            _mean(by[label], "wiki_perplexity_0"), _mean(by[label], "own_text_nats"),
+            _share(by[label], "garbled"),
             _mean(by[label], "relative_size"), _mean(by[label], "init_cpu_seconds"),
         ]
         for label in labels
@@ -215,9 +216,10 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
         Section(
             "At step 0",
             "KL from the true base (nats a token, GSM8K test text), agreement of the most likely "
-            "token, perplexity on WikiText-2, share of seeds whose own greedy text is garbled, "
-            "||s BA|| / ||W||, processor seconds of the initialisation.",
-            ("start", "KL", "top-1", "perplexity", "garbled", "size", "init s"),
+            "token, perplexity on WikiText-2, nats a token that the base gives to what the start "
+            f"writes ({_number(rows, 'own_text_nats_of_base')} to its own), share of seeds whose text is garbled, ||s BA|| / ||W||, "
+            "processor seconds of the initialisation.",
+            ("start", "KL", "top-1", "perplexity", "own text", "garbled", "size", "init s"),
             first,
         ),
         Section(
@@ -263,6 +265,11 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if row.get(key) is not None]
     return fmean(values) if values else None
+
+
+def _number(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    value = _mean(rows, key)
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _share(rows: Sequence[Mapping[str, Any]], key: str) -> str:
