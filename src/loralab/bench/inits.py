@@ -217,8 +217,8 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
             "At step 0",
             "KL from the true base (nats a token, GSM8K test text), agreement of the most likely "
             "token, perplexity on WikiText-2, nats a token that the base gives to what the start "
-            f"writes ({_number(rows, 'own_text_nats_of_base')} to its own), share of seeds whose text is garbled, ||s BA|| / ||W||, "
-            "processor seconds of the initialisation.",
+            f"writes ({_number(rows, 'own_text_nats_of_base')} to its own), share of seeds whose "
+            "text is garbled, ||s BA|| / ||W||, processor seconds of the initialisation.",
             ("start", "KL", "top-1", "perplexity", "own text", "garbled", "size", "init s"),
             first,
         ),
