@@ -79,5 +79,5 @@ def test_its_page_lies_beside_its_figure(
     assert json.loads(page.with_suffix(".json").read_text())["options"]["times"] == 2
     assert sinks.main([*given, "--out", str(page), "--times", "9"]) == 2
     assert "no document has 144 tokens" in capsys.readouterr().err
-    with pytest.raises(UserError, match="not a decoder"):
-        sinks.run(sinks.Options(model="", text=""), loaded=(tiny.model("llama"), tiny.tokenizer()))
+    with pytest.raises(UserError, match="not a Llama"):
+        sinks.run(sinks.Options(model="", text=""), loaded=(tiny.model("gpt2"), tiny.tokenizer()))

@@ -22,7 +22,7 @@ from loralab.gradient.collate import flatten
 from loralab.gradient.rows import Row, prepare
 from loralab.gradient.sft import train
 from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
-from loralab.models.decoder_export import export, to_llama, to_mixtral
+from loralab.models.decoder_export import export, from_llama, to_llama, to_mixtral
 from loralab.models.load import load
 from loralab.models.moe import load_balance
 from loralab.models.sinks import SinkCache
@@ -98,6 +98,12 @@ def test_it_is_the_llama_or_mixtral_it_is_exported_to(kind: str) -> None:
         atol=1e-5, rtol=1e-4,
     )  # fmt: skip
     assert (model.get_input_embeddings().weight is model.lm_head.weight) == (kind == "tied")
+    if "experts" in kind:
+        with pytest.raises(UserError, match="not a Llama"):
+            from_llama(other)
+    else:
+        back = from_llama(other)(input_ids=ids, attention_mask=mask)
+        torch.testing.assert_close(back.logits[seen], theirs.logits[seen], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,6 +30,7 @@ from loralab.errors import UserError
 from loralab.gradient.corpus import read_corpus
 from loralab.gradient.stream import encode
 from loralab.models.decoder import DecoderForCausalLM
+from loralab.models.decoder_export import from_llama
 from loralab.models.load import load
 from loralab.report.chart import BLUE, FAINT, GRID, ORANGE, Chart, finish, legend, title
 from loralab.report.text import visible
@@ -42,7 +43,8 @@ BUCKETS = 4
 
 @dataclass(frozen=True)
 class Options:
-    """model: a decoder's directory. text: a file or folder of it, `separator` between documents.
+    """model: a decoder's directory, or any plain Llama. text: a file or folder of it, `separator`
+    between documents. context: tokens taken for the trained ones, None for the model's own.
 
     times: how many trained contexts are read and written. sinks: first tokens kept. documents: at
     most, those long enough.
@@ -52,6 +54,7 @@ class Options:
     text: str
     separator: str | None = None
     times: int = 3
+    context: int | None = None
     sinks: int = 4
     documents: int = 64
     prompt: str = "Once upon a time"
@@ -148,8 +151,8 @@ def run(options: Options, loaded: tuple[Any, Any] | None = None) -> tuple[Table,
     """
     model, tokenizer = loaded or load(options.model, dtype="float32")
     if not isinstance(model, DecoderForCausalLM):
-        raise UserError(f"{options.model}: is a {type(model).__name__}, not a decoder of loralab's")
-    context = model.config.max_position_embeddings
+        model = from_llama(model)
+    context = options.context or model.config.max_position_embeddings
     tokens = options.times * context
     ids = documents_of(options, tokenizer, tokens)
     prompt = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
@@ -163,8 +166,8 @@ def run(options: Options, loaded: tuple[Any, Any] | None = None) -> tuple[Table,
         "versions": ", ".join(f"{k} {v}" for k, v in versions("loralab", "torch").items()),
         "machine": machine(),
         "date": date.today().isoformat(),
-        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters, trained on rows of "
-        f"{context} tokens",
+        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters, read in "
+        f"contexts of {context} tokens",
         "text": f"{len(ids)} documents of {tokens} tokens or more, cut there",
     }
     data = {
@@ -242,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", required=True, metavar="PATH", help="what to read; none it was trained on")
     add("--separator", metavar="TEXT", help="between documents, as <|endoftext|>")
     add("--times", type=int, help="trained contexts to read and write, default 3")
+    add("--context", type=int, help="tokens of one, default the model's own")
     add("--sinks", type=int, help="first tokens kept, default 4")
     add("--documents", type=int, help="at most, default 64")
     add("--prompt", help="of the text")

@@ -21,7 +21,14 @@ from transformers import (
 
 from loralab import durable
 from loralab.errors import UserError
-from loralab.models.decoder import DecoderForCausalLM
+from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
+
+_NAMES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range",
+    "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+"""What the configs of both architectures call by one name."""
 
 
 def to_llama(model: DecoderForCausalLM, without_sinks: bool = False) -> Any:
@@ -77,6 +84,30 @@ def to_mixtral(model: DecoderForCausalLM, without_sinks: bool = False) -> Any:
     return _filled(MixtralForCausalLM, shape, weights, model)
 
 
+def from_llama(model: Any) -> DecoderForCausalLM:
+    """The same model as a decoder of ours, with a copy of the weights: to read it with sinks.
+
+    Raises:
+        UserError: no Llama, or one with biases, scaled positions or heads of another width.
+    """
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (
+        config.model_type != "llama"
+        or config.attention_bias
+        or config.mlp_bias
+        or rope.get("rope_type") != "default"
+        or config.head_dim * config.num_attention_heads != config.hidden_size
+    ):
+        raise UserError(f"{type(model).__name__}: not a Llama of the plain kind a decoder can be")
+    shape = DecoderConfig(
+        **{name: getattr(config, name) for name in _NAMES if name != "head_dim"},
+        rope_theta=rope["rope_theta"],
+    )
+    made: DecoderForCausalLM = _filled(DecoderForCausalLM, shape, dict(model.state_dict()), model)
+    return made
+
+
 def export(source: Path, target: Path, without_sinks: bool = False) -> Path:
     """Write the decoder in a directory as a Llama, or with experts a Mixtral, its tokenizer too.
 
@@ -110,13 +141,7 @@ def _refuse_sinks(model: DecoderForCausalLM, without_sinks: bool) -> None:
 
 def _shared(model: DecoderForCausalLM) -> dict[str, Any]:
     config = model.config
-    names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-        "initializer_range", "rms_norm_eps", "tie_word_embeddings", "bos_token_id",
-        "eos_token_id", "pad_token_id",
-    )  # fmt: skip
-    shared = {name: getattr(config, name) for name in names}
+    shared = {name: getattr(config, name) for name in _NAMES}
     return {
         **shared,
         "hidden_act": "silu",
@@ -139,7 +164,7 @@ def _attention(model: DecoderForCausalLM) -> dict[str, Tensor]:
     return weights
 
 
-def _filled(kind: Any, config: Any, weights: dict[str, Tensor], model: DecoderForCausalLM) -> Any:
+def _filled(kind: Any, config: Any, weights: dict[str, Tensor], model: Any) -> Any:
     """A new model of another architecture with these weights, and no other."""
     made = kind(config).to(model.dtype)
     made.load_state_dict(weights, strict=True)
