@@ -238,7 +238,8 @@ def test_a_run_raises_the_reward_and_resumes_to_the_same_bits(
         assert steps[-1]["reward_mean"] > 2 * steps[0]["reward_mean"]
         assert after["held_out_reward"] > before["held_out_reward"]
     else:
-        assert [row["clipped"] > 0 for row in steps[:4]] == [False, True, False, True]
+        assert all(row["clipped"] == 0 for row in steps[::2])
+        assert any(row["clipped"] > 0 for row in steps[1::2])
     assert {"correct", "flat_groups", "length", "clipped", "kl"} <= steps[0].keys()
     assert (run.path / "report.html").is_file()
 
