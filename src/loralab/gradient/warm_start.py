@@ -66,9 +66,7 @@ class WarmStart:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.task is None):
-            raise UserError(
-                "warm_start: expected either options.path (an adapter) or options.task"
-            )
+            raise UserError("warm_start: expected either options.path (an adapter) or options.task")
 
     def apply(self, scene: Scene) -> Mapping[str, float]:
         if self.path is not None:
