@@ -6,6 +6,7 @@ The start is made once; each of the three trainings begins from the same copy of
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,9 +200,9 @@ class Lab:
 
 
 def run_trial(lab: Lab, kind: Kind, seed: int) -> dict[str, Any]:
-    """Every measurement of one start with one seed; `error` where the start was refused."""
+    """Every measurement of one start with one seed."""
     budget, began = lab.budget, time.perf_counter()
-    _forget_peak()
+    before = _forget_peak()
     lab.engine.set_base({})  # the last search may have left its own weights in the shared base
     with quiet():
         model, tokenizer = load(lab.model_name, quantization=kind.quantization)
@@ -224,13 +225,14 @@ def run_trial(lab: Lab, kind: Kind, seed: int) -> dict[str, Any]:
         }  # fmt: skip
         row |= _at_step_0(lab, peft, tokenizer)
         start = _Snapshot(peft)
-        row |= _fine_tuned(lab, peft, tokenizer, seed)
+        row |= _fine_tuned(lab, peft, tokenizer, seed, kind.quantization is not None)
         if kind.evolves:
             start.restore()
             row["conciseness"] = _evolved(lab, peft, seed, _conciseness(lab, seed))
             train(peft, tokenizer, lab.warm_rows, lab.training(budget.warm_steps), seed)
             row["countdown"] = _evolved(lab, peft, seed, _countdown(lab, seed))
-    row["peak_gb"] = peak_rss_gb()
+    # What the lab keeps for other trials is not this one's.
+    row["peak_gb"] = peak_rss_gb() - before
     row["seconds"] = time.perf_counter() - began
     return row
 
@@ -259,28 +261,25 @@ def _at_step_0(lab: Lab, peft: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _fine_tuned(lab: Lab, peft: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
+def _fine_tuned(lab: Lab, peft: Any, tokenizer: Any, seed: int, quantized: bool) -> dict[str, Any]:
     cpu = time.process_time()
     history = train(peft, tokenizer, lab.train_rows, lab.training(), seed)
     seconds = time.process_time() - cpu
     held_out = mean_loss(peft, lab.test_rows)
     wiki = mean_loss(peft, lab.wiki_rows)
     peft.eval()
+    state = None
     with contextlib.suppress(UserError):
         state = state_of(peft)
-        lab.engine.set_base({})
-        lab.engine.load({"trained": state})
-        return {
-            **_losses(history, seconds, held_out, wiki - lab.wiki_loss_of_base),
-            **_scored(lab, lab.engine, "trained", seed),
-            "effective_rank": effective_rank(state),
-        }
-    engine = BatchedEngine(peft.get_base_model(), tokenizer, backend="torch")
-    return {
-        **_losses(history, seconds, held_out, wiki - lab.wiki_loss_of_base),
-        **_scored(lab, engine, None, seed),
-        "effective_rank": None,
-    }
+    row = _losses(history, seconds, held_out, wiki - lab.wiki_loss_of_base)
+    row["effective_rank"] = None if state is None else effective_rank(state)
+    if state is None or quantized:
+        # The shared engine holds the plain base: neither a replaced nor a quantised one.
+        engine = BatchedEngine(peft.get_base_model(), tokenizer, backend="torch")
+        return row | _scored(lab, engine, None, seed)
+    lab.engine.set_base({})
+    lab.engine.load({"trained": state})
+    return row | _scored(lab, lab.engine, "trained", seed)
 
 
 def _losses(history: Any, seconds: float, held_out: float, forgot: float) -> dict[str, Any]:
@@ -446,7 +445,9 @@ def _repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _forget_peak() -> None:
-    """Let VmHWM count from here (Linux)."""
+def _forget_peak() -> float:
+    """Let VmHWM count from here (Linux); GB resident now."""
+    gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    return peak_rss_gb()

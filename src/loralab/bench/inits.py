@@ -118,7 +118,7 @@ def record(lab: Lab, kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
         "run_info": {
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "total_time": row["seconds"],
-            "experiment_name": f"lora/{lab.model_name}-rank{budget.rank}-{kind.init}",
+            "experiment_name": f"lora/{lab.model_name}-rank{budget.rank}-{kind.label}",
             "peft_branch": "released",
             "train_config": {
                 "model_id": lab.model_name,
@@ -226,7 +226,7 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
             "SFT on GSM8K",
             "Training loss at fixed steps, loss on held-out solutions after, share of answers in "
             "GSM8K's form and right, effective rank of the change, change of the loss on "
-            "WikiText-2 (forgetting), processor seconds, peak memory of the whole trial.",
+            "WikiText-2 (forgetting), processor seconds, memory a whole trial adds at its peak.",
             (
                 "start",
                 "loss 4",

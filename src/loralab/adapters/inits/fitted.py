@@ -16,7 +16,7 @@ from loralab.adapters.delta import low_rank_delta
 from loralab.adapters.inits.base import Context, Facts, LoraInit
 from loralab.adapters.inits.blind import kaiming, orthonormal
 from loralab.adapters.inits.quantize import fake_quantize
-from loralab.adapters.inits.warm import padded
+from loralab.adapters.inits.warm import filled
 from loralab.adapters.targets import linear_weights
 from loralab.errors import UserError
 
@@ -44,7 +44,7 @@ class _FromReference:
         name = context.site.name
         if name not in self._weights:
             raise UserError(f"{context.scene.asked_by}: the reference has no linear module {name}")
-        return self._weights[name].float()
+        return self._weights[name].to(context.site.A.device, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SvdDelta(_FromReference):
         delta = self._weight(context) - weight
         a, b, energy = low_rank_delta(delta, rank)
         even = sqrt(context.scaling)
-        return LoraInit(a / even, b / even, figures={"energy": energy})
+        return LoraInit(*filled(a / even, b / even, rank, generator), figures={"energy": energy})
 
 
 @dataclass(frozen=True)
@@ -101,19 +101,15 @@ class OutputMatch:
     ) -> LoraInit:
         name, scene = context.site.name, context.scene
         d_out, d_in = weight.shape
-        b = self.b_scale * kaiming(d_out, rank, generator)
+        b = self.b_scale * kaiming(d_out, rank, generator).to(weight.device)
         if self.method == "null_space":
             if rank > d_in:
                 raise UserError(f"output_match: {name} has {d_in} inputs, the rank is {rank}")
             # Rotated, so that no single row is the quietest.
-            rotation = orthonormal(rank, rank, generator)
-            a = rotation @ scene.moments.eigen(name)[1][:, :rank].T
+            rotation = orthonormal(rank, rank, generator).to(weight.device)
+            a = rotation @ scene.moments.eigen(name)[1][:, :rank].T / sqrt(3)
         else:
-            a = (
-                orthonormal(rank, d_in, generator)
-                if rank <= d_in
-                else kaiming(rank, d_in, generator)
-            )
+            a = kaiming(rank, d_in, generator).to(weight.device)
             a, b = _descend(a, b, scene.moments.of(name), self.steps)
         change = context.scaling * b @ a
         figures = {
@@ -178,7 +174,7 @@ class QuantizationMatch(_FromReference):
                 ("left_held_out", scene.held_out_moments),
             )
         }
-        return LoraInit(*padded(a, b, rank), figures=figures)
+        return LoraInit(*filled(a, b, rank, generator), figures=figures)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Pissa:
     def apply(self, scene: Scene) -> Mapping[str, float]:
         name = "pissa" if self.niter is None else f"pissa_niter_{self.niter}"
         for site in scene.sites:
-            with _split(site):
+            with _split(site), _seeded(scene, site):
                 site.layer.pissa_init(site.adapter, name)
         _mark(scene, name)
         return {}
@@ -115,7 +115,8 @@ class Mica:
 
     def apply(self, scene: Scene) -> Mapping[str, float]:
         for site in scene.sites:
-            site.layer.mica_init(site.adapter)
+            with _types_kept(site):
+                site.layer.mica_init(site.adapter)
             site.B.requires_grad_(False)
         _mark(scene, "mica")
         return {}
@@ -191,16 +192,14 @@ class Corda:
 
         config = _pointed_at_bases(scene)
         config.corda_config = CordaConfig(corda_method=self.method)
-        rows = scene.fitting_rows  # now: PEFT's hooks would outlive an error inside its run
+        rows = scene.fitting_rows
 
         def run() -> None:
             for row in rows:
                 scene.model(input_ids=row, use_cache=False)
 
-        was_training = scene.model.training
-        with scene.model.disable_adapter():
+        with _base_kept(scene), scene.model.disable_adapter():
             preprocess_corda(scene.model.get_base_model(), config, run)
-        scene.model.train(was_training)
         for site in scene.sites:
             with _split(site):
                 site.layer.corda_init(site.adapter, "corda")
@@ -243,7 +242,7 @@ class LoraGA:
             for row in rows:
                 scene.model(input_ids=row, labels=row, use_cache=False).loss.backward()
 
-        with scene.model.disable_adapter():
+        with _base_kept(scene), scene.model.disable_adapter():
             preprocess_loraga(scene.model.get_base_model(), config, step)
         for site in scene.sites:
             with _split(site), _seeded(scene, site):
@@ -257,17 +256,42 @@ class LoraGA:
 def _split(site: Site) -> Iterator[None]:
     """Remember W before an initialisation that takes s B A out of it, and A0, B0 after."""
     remember(site.layer, site.adapter)
-    yield
-    _as_parameters(site)
+    with _types_kept(site):
+        yield
     memory = memory_of(site.layer)
     assert memory is not None
     memory.A0, memory.B0 = _copy(site.A), _copy(site.B)
 
 
-def _as_parameters(site: Site) -> None:
-    """PEFT assigns `.data` of whatever layout came out of the decomposition."""
-    for parameter in (site.A, site.B):
-        parameter.data = parameter.data.contiguous()
+@contextmanager
+def _types_kept(site: Site) -> Iterator[None]:
+    """PEFT assigns `.data` of whatever type and layout its decomposition had.
+
+    While it makes a model it casts adapters to fp32 afterwards; on a finished one nobody would.
+    """
+    dtypes = [parameter.dtype for parameter in (site.A, site.B)]
+    yield
+    for parameter, dtype in zip((site.A, site.B), dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype).contiguous()
+
+
+@contextmanager
+def _base_kept(scene: Scene) -> Iterator[None]:
+    """Undo what PEFT's preparations leave on the base when the run they are given fails."""
+    bases = [site.layer.get_base_layer() for site in scene.sites]
+    wanted = [base.weight.requires_grad for base in bases]
+    hooks = [(dict(base._forward_hooks), dict(base._backward_hooks)) for base in bases]
+    was_training = scene.model.training
+    try:
+        yield
+    finally:
+        scene.model.train(was_training)
+        for base, wants, (forward, backward) in zip(bases, wanted, hooks, strict=True):
+            base.weight.requires_grad_(wants)
+            base.weight.grad = None
+            for now, before in ((base._forward_hooks, forward), (base._backward_hooks, backward)):
+                for key in set(now) - set(before):
+                    del now[key]
 
 
 def _copy(factor: Tensor) -> Tensor:

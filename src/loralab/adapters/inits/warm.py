@@ -32,18 +32,26 @@ def resized(
     u, s, vt = torch.linalg.svd(r_b @ r_a.T)
     share = (s[:rank] * abs(ratio)).sqrt()
     sign = 1 if ratio > 0 else -1
-    kept = padded(share[:, None] * (vt[:rank] @ q_a.T), q_b @ u[:, :rank] * (share * sign), rank)
+    kept = filled(
+        share[:, None] * (vt[:rank] @ q_a.T), q_b @ u[:, :rank] * (share * sign), rank, generator
+    )
     size = float(s.norm())
     return kept, 1.0 if size == 0 else (float(s[:rank].norm()) / size) ** 2
 
 
-def padded(a: Tensor, b: Tensor, rank: int) -> Factors:
-    """Zero rows of A and columns of B where a module is narrower than the rank."""
+def filled(a: Tensor, b: Tensor, rank: int, generator: Generator) -> Factors:
+    """A (rank, in) and B (out, rank) of the same product, where every direction can learn.
+
+    Directions that the fit left out (a change of lower rank, a module narrower than the rank) get
+    a random row of A and a zero column of B: with both zero neither would ever get a gradient.
+    """
     short = rank - a.shape[0]
     if short > 0:
         a = torch.cat([a, a.new_zeros(short, a.shape[1])], 0)
         b = _widened(b, short)
-    return Factors(a, b)
+    empty = ~(a.any(1) & b.any(0))
+    fresh = kaiming(rank, a.shape[1], generator).to(a)
+    return Factors(torch.where(empty[:, None], fresh, a), torch.where(empty, 0.0, b))
 
 
 def _widened(b: Tensor, columns: int) -> Tensor:
