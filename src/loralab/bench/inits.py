@@ -142,7 +142,6 @@ def record(lab: Lab, kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
             "error_msg": "",
         },
         "train_info": {
-            "accelerator_memory_reserved_max": int(row["peak_gb"] * 1e9),
             "train_time": row["train_cpu_seconds"],
             "num_total_params": sum(p.numel() for p in lab.base[0].parameters()),
             "status": "success",
@@ -190,7 +189,6 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
             _pm(by[label], "held_out_loss", 4), _share(by[label], "gsm8k_form"),
             _share(by[label], "gsm8k"), _mean(by[label], "effective_rank"),
             _pm(by[label], "forgetting", 4), _mean(by[label], "train_cpu_seconds"),
-            _mean(by[label], "peak_gb"),
         ]
         for label in labels
     ]  # fmt: skip
@@ -226,7 +224,7 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
             "SFT on GSM8K",
             "Training loss at fixed steps, loss on held-out solutions after, share of answers in "
             "GSM8K's form and right, effective rank of the change, change of the loss on "
-            "WikiText-2 (forgetting), processor seconds, memory a whole trial adds at its peak.",
+            "WikiText-2 (forgetting), processor seconds of training.",
             (
                 "start",
                 "loss 4",
@@ -238,7 +236,6 @@ def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> 
                 "eff. rank",
                 "forgetting",
                 "train s",
-                "peak GB",
             ),
             tuned,
         ),
