@@ -49,6 +49,7 @@ class WarmStart:
         unchanged="no: it has learned",
         cost="from disk: a small SVD; by sampling: examples × samples completions and an SFT",
         needs="an adapter, or a task (and, by sampling, a tokenizer)",
+        needs_plain=True,
     )
     path: str | None = None
     task: str | None = None

@@ -21,6 +21,8 @@ class Facts:
     quantized: whether it runs on an nf4 or int8 base.
     changes_base: whether it moves a part of W into the adapter, so that a disabled adapter is not
         the base model any more (see `loralab.adapters.true_base`).
+    needs_plain: whether its formula needs dW = s BA: it cannot start an adapter that computes
+        another function of BA.
     """
 
     formula: str
@@ -30,6 +32,7 @@ class Facts:
     needs: str
     quantized: bool = True
     changes_base: bool = False
+    needs_plain: bool = False
 
 
 @dataclass(frozen=True)

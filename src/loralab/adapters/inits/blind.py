@@ -34,7 +34,9 @@ class ZeroB:
     """A random, B zero: the start of LoRA itself.
 
     a: "kaiming" is U(-1/sqrt(in), 1/sqrt(in)), PEFT's default; "gaussian" is N(0, 1/in), three
-        times its variance.
+        times its variance. Without options a run by gradient keeps PEFT's own draw of the former,
+        and a search does not come here: evolution's own default is N(0, 1/in), drawn from the
+        counter-based stream.
     """
 
     facts: ClassVar = Facts(
@@ -148,6 +150,7 @@ class OrthogonalNegative:
         unchanged="no",
         cost="QR of an (in, r) matrix a module",
         needs="nothing",
+        needs_plain=True,
     )
 
     def __call__(
