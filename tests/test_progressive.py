@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tiny
 from loralab.adapters.extract import state_of
@@ -58,7 +59,8 @@ def train(of: PeftModel, steps: int, folder: Path, **options: Any) -> Any:
     )
     callback = callback_for(of)
     assert callback is not None
-    trainer = Trainer(of, arguments, train_dataset=Rows(), callbacks=[callback])
+    callbacks = [callback, *options.pop("more", ())]
+    trainer = Trainer(of, arguments, train_dataset=Rows(), callbacks=callbacks)
     trainer.train(**options)
     return trainer
 
@@ -162,3 +164,103 @@ def test_starting_twice_keeps_the_target() -> None:
     initialize(made, "zero_b")
     assert scaling(made) == 2
     assert callback_for(made) is None
+
+
+def alphas(of: PeftModel) -> tuple[float, float]:
+    layer = of.base_model.model.model.layers[0].self_attn.q_proj
+    return of.peft_config["default"].lora_alpha, layer.lora_alpha["default"]
+
+
+class Break(TrainerCallback):  # type: ignore[misc]
+    """Breaks off as a number that is not finite does."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.after:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_training_that_broke_off_leaves_the_target_for_the_next(
+    after: int, tmp_path: Path
+) -> None:
+    made = model(steps=4)
+    with pytest.raises(ZeroDivisionError):
+        train(made, 6, tmp_path, more=[Break(after)])
+    callback_for(made).schedule.finish(made)  # type: ignore[union-attr]
+    assert (scaling(made), alphas(made)) == (2 * after / 4, (8 * after / 4, 8 * after / 4))
+    again = copy.deepcopy(made)
+    initialize(again, "zero_b")
+    assert (scaling(again), alphas(again), callback_for(again)) == (2, (8, 8), None)
+    trainer = train(made, 6, tmp_path)
+    rows = [row["adapter_share"] for row in trainer.state.log_history if "adapter_share" in row]
+    assert rows == [0.25, 0.5, 0.75, 1]
+    assert (scaling(made), alphas(made)) == (2, (8, 8))
+
+
+@pytest.mark.parametrize("steps", [2, 6], ids=["cut", "whole"])
+def test_a_second_training_goes_on_at_the_first_one_s_strength(steps: int, tmp_path: Path) -> None:
+    made = model(steps=4)
+    train(made, steps, tmp_path)
+    strength = 2 * min(steps / 4, 1)
+    assert (scaling(made), alphas(made)[0]) == (strength, 4 * strength)
+    seen: list[float] = []
+
+    class Note(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seen.append(scaling(made))
+
+    train(made, 3, tmp_path, more=[Note()])
+    assert seen == [strength] * 3
+    assert (scaling(made), alphas(made)[0]) == (strength, 4 * strength)
+    initialize(made, "progressive", steps=4)
+    callback_for(made).schedule.step(made, 4)  # type: ignore[union-attr]
+    assert (scaling(made), alphas(made)) == (2, (8, 8))
+
+
+def test_the_same_model_resumed_goes_on_rising(tmp_path: Path) -> None:
+    made = model(steps=4)
+    train(made, 2, tmp_path, save_strategy="steps", save_steps=2)
+    trainer = train(made, 5, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    rows = [row["adapter_share"] for row in trainer.state.log_history if "adapter_share" in row]
+    assert rows == [0.25, 0.5, 0.75, 1]
+    assert (scaling(made), alphas(made)) == (2, (8, 8))
+
+
+class Elsewhere:
+    """Token ids on another device: of use only once they were moved."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    def __getitem__(self, key: Any) -> Elsewhere:
+        return Elsewhere(self.ids[key])
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        assert device == torch.device("cpu")
+        return self.ids
+
+
+def test_the_kl_moves_its_texts_to_the_model() -> None:
+    made = model(start="random")
+    callback_for(made).schedule.step(made, 100)  # type: ignore[union-attr]
+    ids = torch.randint(4, 60, (1, 9))
+    assert KL(made, (Elsewhere(ids),))() == KL(made, (ids,))()  # type: ignore[arg-type]
+
+
+def test_a_kl_that_fails_leaves_the_model_training() -> None:
+    made = model(start="random").train()
+    with pytest.raises(IndexError):
+        KL(made, (torch.tensor([[tiny.VOCABULARY + 1]]),))()
+    assert made.training
+
+
+def test_its_start_takes_options() -> None:
+    small, large = (model(start="tiny", start_options={"scale": s}) for s in (0.01, 0.1))
+    a, b = (m.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+            for m in (small, large))  # fmt: skip
+    torch.testing.assert_close(10 * a, b)
+    with pytest.raises(UserError, match="no option 'size'"):
+        model(start="tiny", start_options={"size": 1})

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from loralab.adapters.inits.base import Context, Facts, InitStrategy
+from loralab.adapters.inits.check import check
 from loralab.adapters.inits.scene import Scene, Site
 from loralab.adapters.true_base import true_base
 from loralab.errors import UserError
@@ -26,6 +27,15 @@ Positive = Annotated[float, Field(gt=0)]
 _SLOT = "_loralab_progressive"
 _PROBE_TEXTS = 4
 _PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class _Alphas:
+    """alpha as the config, its pattern and each layer had it for the whole scaling."""
+
+    config: float
+    pattern: Mapping[str, float]
+    layers: Mapping[str, float]
 
 
 @dataclass
@@ -48,6 +58,9 @@ class ProgressiveScaling:
     rising: bool = True
     history: list[tuple[int, float, float | None]] = field(default_factory=list)
     """(step, share, KL measured) at every step of the rise."""
+    complete: bool = False
+    """Whether a training has come to its end: the share it ended at is then the adapter's own."""
+    _whole: _Alphas | None = None
 
     def step(self, model: PeftModel, step: int) -> float:
         """Set the scaling for a step (0 before the first); the share it now has."""
@@ -75,45 +88,80 @@ class ProgressiveScaling:
             model.get_submodule(name).scaling[self.adapter] = self.share * target
 
     def finish(self, model: PeftModel) -> None:
-        """Make the scaling final: alpha in the adapter's config becomes what was trained with.
+        """Give the adapter's config the alpha that was trained with, so that it is saved with it.
 
-        After a whole rise nothing changes. An adaptive one may end below its target, and an
-        adapter saved with the target's alpha would be stronger than the one that was trained.
+        After a whole rise nothing changes. An adaptive one may end below its target, and a
+        training may break off; with the target's alpha the adapter saved would be stronger than
+        the one that was trained. `reopen` takes it back.
         """
-        if self.share == 1:
+        if self.share == 1 or self._whole is not None:
             return
         config = model.peft_config[self.adapter]
+        layers = {name: model.get_submodule(name).lora_alpha for name in self.targets}
+        self._whole = _Alphas(
+            config.lora_alpha,
+            dict(config.alpha_pattern),
+            {name: alphas[self.adapter] for name, alphas in layers.items()},
+        )
         config.lora_alpha *= self.share
         config.alpha_pattern = {k: a * self.share for k, a in config.alpha_pattern.items()}
-        for name in self.targets:
-            model.get_submodule(name).lora_alpha[self.adapter] *= self.share
-        self.targets = {name: target * self.share for name, target in self.targets.items()}
-        self.share = 1.0
+        for alphas in layers.values():
+            alphas[self.adapter] *= self.share
+
+    def reopen(self, model: PeftModel) -> None:
+        """Undo `finish`: the config's alpha is the target's again, for the rise to go on."""
+        self.complete = False
+        if self._whole is None:
+            return
+        config = model.peft_config[self.adapter]
+        config.lora_alpha, config.alpha_pattern = self._whole.config, dict(self._whole.pattern)
+        for name, alpha in self._whole.layers.items():
+            model.get_submodule(name).lora_alpha[self.adapter] = alpha
+        self._whole = None
+
+    def begin_again(self, model: PeftModel) -> None:
+        """From step 0, as after an initialisation; the factors stay."""
+        self.reopen(model)
+        self.history.clear()
+        self.share = 0.0
 
 
 class ProgressiveCallback(TrainerCallback):  # type: ignore[misc]
     """Moves a `ProgressiveScaling` under any Transformers or TRL Trainer.
 
     After a resume the linear and cosine shapes go on from the Trainer's own step; an adaptive one
-    from its recorded share, which is kept in the Trainer's state.
+    from its recorded share, which is kept in the Trainer's state. A training after one that came
+    to its end (DPO after SFT) leaves the scaling where that one left it; after one that broke off
+    the rise begins again.
     """
 
     def __init__(self, schedule: ProgressiveScaling) -> None:
         self.schedule = schedule
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = _peft(kwargs["model"])
         kept = next(
             (row["adapter_share"] for row in reversed(state.log_history) if "adapter_share" in row),
             None,
         )
-        if kept is not None and state.global_step > 0:
+        resumed = state.global_step > 0
+        if self.schedule.complete and kept is None and self.schedule.share > 0:
+            return
+        if not resumed:
+            self.schedule.begin_again(model)
+            self.schedule.step(model, 0)
+            return
+        self.schedule.reopen(model)
+        if kept is not None:
             self.schedule.share = float(kept)
-        if self.schedule.shape == "adaptive" and state.global_step > 0:
-            self.schedule.apply(_peft(kwargs["model"]))
+        if self.schedule.shape == "adaptive":
+            self.schedule.apply(model)
         else:
-            self.schedule.step(_peft(kwargs["model"]), state.global_step)
+            self.schedule.step(model, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.schedule.complete:
+            return
         share = self.schedule.step(_peft(kwargs["model"]), state.global_step)
         # Straight into the state's history, which checkpoints carry: a log may be every hundredth
         # step, and what `on_log` adds to one reaches neither the history nor the trackers.
@@ -122,6 +170,7 @@ class ProgressiveCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.schedule.finish(_peft(kwargs["model"]))
+        self.schedule.complete |= state.global_step >= state.max_steps
 
 
 @dataclass(frozen=True)
@@ -131,7 +180,7 @@ class Progressive:
     With both factors non-zero both learn as soon as the scaling is not 0. `callback_for(model)` is
     the TrainerCallback that moves it; loralab's own runs add it themselves.
 
-    start: any initialisation that leaves the base as it is.
+    start: any initialisation that leaves the base as it is; start_options are its own.
     shape, steps, kl_budget: see `ProgressiveScaling`. The KL of "adaptive" is measured on the
         calibration texts, against the true base.
     """
@@ -147,14 +196,16 @@ class Progressive:
     shape: Shape = "linear"
     steps: Count = 100
     kl_budget: Positive = 0.1
+    start_options: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(self, scene: Scene) -> Mapping[str, float]:
-        strategy = INITS.create(self.start, {})
+        strategy = INITS.create(self.start, self.start_options)
         if not isinstance(strategy, InitStrategy) or strategy.facts.changes_base:
             raise UserError(
                 f"progressive: start is {self.start!r}; expected one that leaves the base as it is "
                 "and starts module by module, such as tiny, orthogonal or zero_b"
             )
+        check(strategy.facts, f"progressive: start {self.start}", scene.sites)
         kl = KL(scene.model, scene.token_rows) if self.shape == "adaptive" else None
         made = [
             strategy(site.weight(), site.rank, scene.generator(site.name), Context(site, scene))
@@ -166,23 +217,35 @@ class Progressive:
         schedule = ProgressiveScaling(
             self.shape, self.steps, targets, scene.adapter, self.kl_budget, kl
         )
-        object.__setattr__(scene.model, _SLOT, schedule)
+        set_schedule(scene.model, schedule)
         schedule.step(scene.model, 0)
         return {}
 
 
+def schedule_of(model: PeftModel) -> ProgressiveScaling | None:
+    """The schedule of a progressive start; None for every other start."""
+    return getattr(model, _SLOT, None)
+
+
+def set_schedule(model: PeftModel, schedule: ProgressiveScaling | None) -> None:
+    """Make it the model's schedule. No scaling changes."""
+    # A plain attribute: not in the state dict.
+    object.__setattr__(model, _SLOT, schedule)
+
+
 def stop_rising(model: PeftModel) -> None:
-    """Take a progressive start back: every scaling at its target, no schedule."""
-    schedule: ProgressiveScaling | None = getattr(model, _SLOT, None)
+    """Take a progressive start back: every scaling and alpha at its target, no schedule."""
+    schedule = schedule_of(model)
     if schedule is not None:
+        schedule.reopen(model)
         schedule.share = 1.0
         schedule.apply(model)
-        object.__setattr__(model, _SLOT, None)
+        set_schedule(model, None)
 
 
 def callback_for(model: PeftModel) -> ProgressiveCallback | None:
     """The callback a progressive start needs in its Trainer; None for every other start."""
-    schedule = getattr(model, _SLOT, None)
+    schedule = schedule_of(model)
     return None if schedule is None else ProgressiveCallback(schedule)
 
 
@@ -195,17 +258,21 @@ class KL:
 
     def __call__(self) -> float:
         total, tokens = 0.0, 0
+        # Asked now: the model may have moved since it was started.
+        device = next(self.model.parameters()).device
         was_training = self.model.training
         self.model.eval()
-        with torch.no_grad():
-            for row in self.rows[:_PROBE_TEXTS]:
-                ids = row[:, :_PROBE_TOKENS]
-                with true_base(self.model):
-                    base = self.model(input_ids=ids).logits.float().log_softmax(-1)
-                now = self.model(input_ids=ids).logits.float().log_softmax(-1)
-                total += float((base.exp() * (base - now)).sum())
-                tokens += ids.shape[1]
-        self.model.train(was_training)
+        try:
+            with torch.no_grad():
+                for row in self.rows[:_PROBE_TEXTS]:
+                    ids = row[:, :_PROBE_TOKENS].to(device)
+                    with true_base(self.model):
+                        base = self.model(input_ids=ids).logits.float().log_softmax(-1)
+                    now = self.model(input_ids=ids).logits.float().log_softmax(-1)
+                    total += float((base.exp() * (base - now)).sum())
+                    tokens += ids.shape[1]
+        finally:
+            self.model.train(was_training)
         return total / tokens
 
 
