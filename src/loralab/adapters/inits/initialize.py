@@ -10,10 +10,14 @@ from typing import Any
 
 from peft import PeftModel
 
-from loralab.adapters.inits.base import Context, Facts, InitStrategy, LoraInit, WholeModel
+from loralab.adapters.inits.base import Context, InitStrategy, LoraInit, WholeModel
+from loralab.adapters.inits.check import check
 from loralab.adapters.inits.progressive import stop_rising
 from loralab.adapters.inits.scene import Scene, Site
+from loralab.adapters.inits.snapshot import Snapshot
+from loralab.adapters.plain_lora import CHANGED_BASE
 from loralab.adapters.true_base import base_changed, memory_of, owner, restore
+from loralab.config import InitConfig
 from loralab.errors import UserError
 from loralab.registry import INITS
 
@@ -62,11 +66,14 @@ def initialize(
         max_tokens: of each text.
 
     An earlier initialisation of the same adapter is undone first: weights it changed come back, a
-    scaling that was to rise is at its target.
+    scaling that was to rise is at its target, a B that was frozen learns again.
 
     Raises:
         UserError: an unknown name or option, something it needs is missing, or it cannot run on
-            this model (a quantised base, a module that is not linear). Nothing has changed then.
+            this model (a quantised base, a module that is not linear, a nonlinear adapter where
+            it needs dW = s BA).
+
+    After any error, and an interruption, the model is what it was before.
 
     Example:
         >>> initialize(model, "orthogonal", seed=1)  # doctest: +SKIP
@@ -77,12 +84,10 @@ def initialize(
     if owner(model) not in (None, adapter):
         raise UserError(f"{name}: adapter {owner(model)!r} rests on weights it changed; delete it")
     config = model.peft_config[adapter]
-    if base_changed(model):
-        restore(model)
-        config.init_lora_weights = True
-    stop_rising(model)
+    before = Snapshot(scene)
     by_module: dict[str, Mapping[str, float]] = {}
     try:
+        _undo_earlier(scene)
         if isinstance(strategy, WholeModel):
             figures: Mapping[str, float] = strategy.apply(scene)
         else:
@@ -91,28 +96,48 @@ def initialize(
             if base_changed(model):
                 # As PEFT marks its own: saved, the adapter must not pass for one of the base.
                 config.init_lora_weights = name
-    except Exception:
-        restore(model)
+    except BaseException:
+        before.put_back()
         raise
     sizes = {site.name: _relative_size(site) for site in scene.sites}
     return InitReport(name, adapter, sizes, dict(figures), by_module, base_changed(model))
 
 
-def check(facts: Facts, name: str, sites: Iterable[Site]) -> None:
-    """Refuse, before anything is computed, what an initialisation cannot run on.
+def options_of(init: InitConfig, texts: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments of `initialize` from a config's `adapter.init`.
+
+    texts: what the run would have it look at, unless the config names others.
 
     Raises:
-        UserError: the base is quantised and the initialisation changes or reads full weights.
+        UserError: the config sets what the run itself gives.
     """
-    if facts.quantized:
-        return
-    for site in sites:
-        if site.quantized is not None:
+    for option in ("adapter", "model", "name", "seed", "tokenizer"):
+        if option in init.options:
             raise UserError(
-                f"{name} cannot start on a quantised base ({site.name} is {site.quantized}): it "
-                "needs or changes the full weights; use zero_b, eva, loftq or quantization_match, "
-                "or load the base in bfloat16"
+                f"adapter.init.options.{option} is {init.options[option]!r}; expected no such "
+                "option: the run gives it, leave it out"
             )
+    return {"texts": texts, **init.options}
+
+
+def _undo_earlier(scene: Scene) -> None:
+    """Weights back, scalings at their targets, B learning, and no mark of it in the config."""
+    config = scene.model.peft_config[scene.adapter]
+    mark = config.init_lora_weights
+    ours = base_changed(scene.model)
+    restore(scene.model)
+    stop_rising(scene.model)
+    if mark == "mica":
+        for site in scene.sites:
+            # As A: PEFT freezes both factors of an adapter that is not active.
+            site.B.requires_grad_(site.A.requires_grad)
+            frozen = site.layer.frozen_peft_weight_names
+            site.layer.frozen_peft_weight_names = {
+                adapter: names for adapter, names in frozen.items() if adapter != scene.adapter
+            }
+    # A base that PEFT itself changed stays changed, and the adapter must go on saying so.
+    if ours or not (isinstance(mark, str) and mark.lower().startswith(CHANGED_BASE)):
+        config.init_lora_weights = True
 
 
 def _module_by_module(strategy: InitStrategy, scene: Scene) -> dict[str, Mapping[str, float]]:
@@ -147,4 +172,6 @@ def _read(texts: Sequence[str] | str | Path) -> tuple[str, ...]:
         except OSError as error:
             raise UserError(f"texts: {texts}: {error.strerror}") from error
         return tuple(line for line in lines if line.strip())
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"texts is {texts!r:.60}; expected a list of texts, or a file of them")
     return tuple(texts)
