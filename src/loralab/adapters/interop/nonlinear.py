@@ -20,6 +20,7 @@ from torch import Tensor
 from loralab.adapters import LSLoraConfig, SineLoraConfig
 from loralab.adapters.files import check_fit, checked, plain_number, read_tensors
 from loralab.adapters.nonlinear import NonlinearLayer
+from loralab.adapters.plain_lora import CHANGED_BASE
 from loralab.adapters.state import AdapterState, Factors
 from loralab.adapters.targets import linear_weights
 from loralab.errors import UserError
@@ -49,12 +50,20 @@ def open_nonlinear(directory: Path, config: Mapping[str, Any], model: Any) -> An
     """A PEFT model with the adapter "default" of a directory, on `model` (changed in place).
 
     Raises:
-        UserError: the config or the tensors are damaged, or do not fit the model.
+        UserError: the config or the tensors are damaged, or do not fit the model, or belong to a
+            base that an initialisation changed.
     """
     kind = str(config.get("peft_type"))
     for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
         if config.get(field):
             raise UserError(f"{directory}: {field} with {kind} cannot be exported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
+        raise UserError(
+            f"{directory}: init_lora_weights is {start[:60]!r}: the adapter belongs to a base that "
+            f"this initialisation changed, and {kind} cannot be converted to the original; train "
+            "it from another start"
+        )
     tensors = read_tensors(directory / "adapter_model.safetensors")
     factors = _factors(tensors, directory)
     names = sorted(factors)
