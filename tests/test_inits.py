@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+import sys
 from math import sqrt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -18,17 +22,28 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 import tiny
+from loralab.adapters import LSLoraConfig, SineLoraConfig
+from loralab.adapters.attach import attach
 from loralab.adapters.extract import state_of
-from loralab.adapters.inits import initialize
+from loralab.adapters.inits import initialize, progressive
 from loralab.adapters.inits.base import Facts
 from loralab.adapters.inits.calibration import measure
+from loralab.adapters.inits.initialize import options_of
+from loralab.adapters.inits.progressive import callback_for
 from loralab.adapters.inits.quantize import fake_quantize
 from loralab.adapters.inits.warm import resized
+from loralab.adapters.interop.nonlinear import open_nonlinear
 from loralab.adapters.state import AdapterState, Factors
-from loralab.adapters.true_base import base_changed, true_base
+from loralab.adapters.true_base import base_changed, memory_of, true_base
+from loralab.config import AdapterConfig, InitConfig
 from loralab.errors import UserError
+from loralab.gradient.fine_tune import trainable
+from loralab.gradient.rows import prepare
 from loralab.models.load import load
 from loralab.registry import INITS
+
+# By this name: the package has a function of the module's.
+initialize_module = sys.modules["loralab.adapters.inits.initialize"]
 
 RANK, ALPHA = 4, 8.0
 EVERY_TYPE = "all-linear"
@@ -555,3 +570,236 @@ def test_state_of_folds_what_modules_differ_by_into_b() -> None:
         layer = layers(model)[f"base_model.model.{name}"]
         expected = layer.get_delta_weight("default")
         torch.testing.assert_close(state.scaling * pair.B @ pair.A, expected)
+
+
+def nonlinear_model(kind: str, **options: Any) -> Any:
+    made = {"sine": SineLoraConfig, "spline": LSLoraConfig}[kind]
+    config = made(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], **options)
+    return get_peft_model(tiny.model("llama"), config).eval()
+
+
+NEEDS_PLAIN = (*SPLITTING, "loftq", "mica", "svd_delta", "quantization_match", "output_match",
+               "orthogonal_negative")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*NEEDS_PLAIN, "warm_start"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("sine", {}),
+        ("spline", {"interpolation_method": "soft"}),
+        ("spline", {"normalize": "tanh"}),
+        ("spline", {"output_scale_init": 0.5}),
+        ("spline", {"spline_init": "bent"}),
+        ("spline", {"spline_init": "bent", "space": "weight"}),
+        ("spline", {"boundary": "clamp"}),
+    ],
+)
+def test_a_start_that_rests_on_dw_being_s_ba_is_refused_elsewhere(
+    kind: str, options: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    model = nonlinear_model(kind, **options)
+    shake(model)
+    before = logits(model)
+    given: dict[str, Any] = {"path": str(tmp_path)} if name == "warm_start" else {}
+    if name in ("svd_delta", "quantization_match"):
+        given = {"reference": tiny.model("llama", seed=1)}
+    with pytest.raises(UserError, match=rf"{name} (needs dW = s BA|is for plain LoRA)"):
+        start(model, name, **given)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"gated": True}, {"space": "weight"}])
+def test_a_spline_that_is_the_identity_takes_what_plain_lora_takes(options: Any) -> None:
+    model = nonlinear_model("spline", **options)
+    plain = get_peft_model(
+        tiny.model("llama"),
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"]),
+    ).eval()
+    for made in (model, plain):
+        start(made, "svd_delta", reference=tiny.model("llama", seed=1))
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            layer.lora_spline["default"].values.add_(0.5)
+            if options.get("gated"):
+                layer.lora_spline["default"].gate.add_(1)
+    with pytest.raises(UserError, match="needs dW"):
+        start(model, "svd_delta", reference=tiny.model("llama", seed=1))
+
+
+@pytest.mark.parametrize("kind", ["sine", "spline"])
+@pytest.mark.parametrize("name", [*SPLITTING, "loftq", "mica"])
+def test_what_could_not_be_saved_afterwards_is_refused_before(name: str, kind: str) -> None:
+    model = nonlinear_model(kind)
+    with pytest.raises(UserError, match=f"{name} is for plain LoRA.*cannot be saved"):
+        start(model, name)
+    start(model, "zero_b")
+    start(model, "eva")
+    assert torch.equal(logits(model), logits(tiny.model("llama")))
+
+
+def test_progressive_refuses_for_its_start_as_well() -> None:
+    with pytest.raises(UserError, match="start orthogonal_negative needs dW"):
+        start(nonlinear_model("sine"), "progressive", start="orthogonal_negative")
+
+
+def everything(model: Any) -> dict[str, Any]:
+    """All of a model that a start may change, as values."""
+    config = vars(model.peft_config["default"])
+    found: dict[str, Any] = {"config": copy.deepcopy(config), "training": model.training}
+    found["learned"] = {n: p.requires_grad for n, p in model.named_parameters()}
+    found["logits"] = logits(model)
+    found["weights"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for name, layer in layers(model).items():
+        memory = memory_of(layer)
+        if memory is not None:
+            found[f"{name}.memory"] = memory.weight.clone(), memory.A0, memory.B0
+        found[f"{name}.scaling"] = layer.scaling["default"], layer.lora_alpha["default"]
+    callback = callback_for(model)
+    if callback is not None:
+        found["share"] = callback.schedule.share, list(callback.schedule.history)
+    with true_base(model):
+        found["true base"] = logits(model)
+    # PEFT lets both factors learn when it switches an adapter on again.
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(found["learned"][parameter_name])
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(v, other[k]) for k, v in one.items())
+    if isinstance(one, tuple):
+        return all(same(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("earlier", ["zero_b", "pissa", "loftq", "mica", "progressive"])
+@pytest.mark.parametrize("name", ["eva", "pissa", "loftq", "progressive", "lora_ga"])
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_whatever_a_start_had_done_when_it_failed_is_undone(
+    name: str, earlier: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = peft_model()
+    start(model, earlier)
+    shake(model)
+    callback = callback_for(model)
+    if callback is not None:
+        callback.schedule.step(model, 30)
+        callback.schedule.finish(model)
+    before = everything(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("half-way")
+
+    # The last thing each of them does, in the last module where it goes by module.
+    *_, last = layers(model).values()
+    owners = {
+        "eva": (peft, "initialize_lora_eva_weights"),
+        "pissa": (last, "pissa_init"),
+        "lora_ga": (last, "lora_ga_init"),
+        "loftq": (initialize_module, "_means"),
+        "progressive": (progressive.ProgressiveScaling, "step"),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(*owners[name], fail)
+        with pytest.raises(error, match="half-way"):
+            start(model, name)
+    after = everything(model)
+    assert not [key for key in before if not same(before[key], after.get(key))]
+    # And it is not only looks: the next start finds what it needs.
+    start(model, "zero_b")
+    assert torch.equal(logits(model), logits(tiny.model("llama")))
+
+
+def test_a_start_without_its_texts_leaves_the_earlier_one_whole() -> None:
+    model = peft_model()
+    initialize(model, "pissa")
+    before = logits(model)
+    with pytest.raises(UserError, match="texts"):
+        initialize(model, "eva")
+    assert torch.equal(logits(model), before)
+    assert state_of(model).rank == 2 * RANK
+
+
+def test_after_mica_another_start_learns_with_both_factors() -> None:
+    model = peft_model()
+    start(model, "mica")
+    layer = next(iter(layers(model).values()))
+    layer.frozen_peft_weight_names = {"default": ("lora_B",), "other": ("lora_B",)}
+    start(model, "zero_b")
+    assert model.peft_config["default"].init_lora_weights is True
+    assert layer.frozen_peft_weight_names == {"other": ("lora_B",)}
+    assert all(x.lora_B["default"].weight.requires_grad for x in layers(model).values())
+    start(model, "gaussian")
+    start(model, "zero_b")
+    assert model.peft_config["default"].init_lora_weights is True
+
+
+def test_a_base_that_peft_changed_goes_on_being_marked() -> None:
+    model = peft_model(init_lora_weights="pissa")
+    start(model, "zero_b")
+    assert model.peft_config["default"].init_lora_weights == "pissa"
+
+
+def test_options_of_a_config() -> None:
+    init = InitConfig(name="eva", options={"texts": ["mine"], "rho": 2})
+    assert options_of(init, ["the run's"]) == {"texts": ["mine"], "rho": 2}
+    assert options_of(InitConfig(name="eva"), ["a"]) == {"texts": ["a"]}
+    for option in ("seed", "tokenizer", "adapter"):
+        with pytest.raises(UserError, match=rf"options\.{option} is 3"):
+            options_of(InitConfig(name="eva", options={option: 3}), [])
+    with pytest.raises(UserError, match="texts is 5"):
+        initialize(peft_model(), "eva", tokenizer=tiny.tokenizer(), texts=5)  # type: ignore[arg-type]
+
+
+class Notes:
+    """A run directory as `trainable` sees it."""
+
+    def note(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def trained_from(**adapter: Any) -> Any:
+    section = AdapterConfig.model_validate({"rank": RANK, "alpha": ALPHA, **adapter})
+    tokenizer = tiny.tokenizer()
+    tokenizer.decode = lambda ids, **_: " ".join(tokenizer.convert_ids_to_tokens(ids))
+    rows = prepare([("aa bb", text, "row") for text in texts()], tokenizer, 99).rows
+    config: Any = SimpleNamespace(adapter=section, seed=3, model="base")
+    return trainable(tiny.model("llama"), tokenizer, config, rows, Notes())  # type: ignore[arg-type]
+
+
+def test_a_config_s_texts_and_zero_b_s_options_are_used() -> None:
+    own = {"name": "eva", "options": {"texts": texts(seed=9)}}
+    used, other = trained_from(init=own), trained_from(init={"name": "eva"})
+    plain = attach(tiny.model("llama"), AdapterConfig(rank=RANK, alpha=ALPHA), 3)
+    initialize(plain, "eva", tokenizer=tiny.tokenizer(), texts=texts(seed=9), seed=3)
+    key = next(iter(layers(used)))
+    assert torch.equal(factors(used)[key].A, factors(plain)[key].A)
+    assert not torch.equal(factors(other)[key].A, factors(plain)[key].A)
+    with pytest.raises(UserError, match=r"options\.seed"):
+        trained_from(init={"name": "eva", "options": {"seed": 1}})
+    gaussian = trained_from(init={"name": "zero_b", "options": {"a": "gaussian"}})
+    a = torch.cat([pair.A.flatten() * sqrt(pair.A.shape[1]) for pair in factors(gaussian).values()])
+    assert float(a.std()) == pytest.approx(1, abs=0.05), "kaiming's is 0.58"
+
+
+@pytest.mark.parametrize("kind", ["lslora", "sinelora"])
+def test_a_config_that_would_lose_its_run_at_the_end_is_refused(kind: str) -> None:
+    with pytest.raises(UserError, match="pissa is for plain LoRA"):
+        trained_from(type=kind, init={"name": "pissa"})
+
+
+@pytest.mark.parametrize("mark", ["pissa", "PISSA_niter_4", "olora", "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize("kind", ["sine", "spline"])
+def test_a_nonlinear_adapter_of_a_changed_base_is_not_opened(
+    kind: str, mark: str, tmp_path: Path
+) -> None:
+    nonlinear_model(kind).save_pretrained(tmp_path, save_embedding_layers=False)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    open_nonlinear(tmp_path, config, tiny.model("llama"))
+    with pytest.raises(UserError, match=f"init_lora_weights is '{mark}'.*base"):
+        open_nonlinear(tmp_path, config | {"init_lora_weights": mark}, tiny.model("llama"))

@@ -60,7 +60,11 @@ class Start:
 
 
 def is_drawn(config: EvolveConfig) -> bool:
-    """Whether the start can be drawn again from the seed alone, so that none need be kept."""
+    """Whether the start can be drawn again from the seed alone, so that none need be kept.
+
+    zero_b without options: evolution's own default is N(0, 1/in), drawn from the counter-based
+    stream (`start_adapter`), not the kaiming of `zero_b` with options.a=kaiming.
+    """
     return config.adapter.init.name == "zero_b" and not config.adapter.init.options
 
 
@@ -89,13 +93,13 @@ def initialised(config: EvolveConfig, task: Task) -> Start:
     from loralab.adapters.attach import attach
     from loralab.adapters.extract import parts_of
     from loralab.adapters.inits import initialize
+    from loralab.adapters.inits.initialize import options_of
     from loralab.models.load import load
 
     model, tokenizer = load(config.model, config.dtype, config.device)
     peft = attach(model, config.adapter, config.seed)
     init = config.adapter.init
-    options: dict[str, Any] = dict(init.options)
-    options.setdefault("texts", texts_of(task, tokenizer))
+    options = options_of(init, texts_of(task, tokenizer))
     initialize(peft, init.name, tokenizer=tokenizer, seed=config.seed, **options)
     adapter, taken = parts_of(peft)
     for name, factors in adapter.factors.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loralab.config import SftConfig
+from loralab.config import InitConfig, SftConfig
 from loralab.config.training import GradientConfig
 from loralab.errors import UserError
 from loralab.gradient.answers import Answers
@@ -147,8 +147,9 @@ def trainable(
 
     attached = attach(model, config.adapter, config.seed)
     init = config.adapter.init
-    if init.name != "zero_b":
+    if init != InitConfig():
         from loralab.adapters.inits import initialize
+        from loralab.adapters.inits.initialize import options_of
         from loralab.adapters.true_base import base_replaced
 
         texts = [tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in rows[:_TEXTS]]
@@ -156,9 +157,8 @@ def trainable(
             attached,
             init.name,
             tokenizer=tokenizer,
-            texts=texts,
             seed=config.seed,
-            **init.options,
+            **options_of(init, texts),
         )
         if base_replaced(attached):
             raise UserError(
