@@ -78,7 +78,7 @@ def trial(label: str, seed: int, **values: Any) -> dict[str, Any]:
         "garbled": False, "relative_size": 0.1, "init_cpu_seconds": 2.0,
         "losses": [2.0 - 0.1 * i for i in range(12)], "held_out_loss": 1.0 + seed,
         "gsm8k_form": 0.5, "gsm8k": 0.0, "effective_rank": 3.0, "forgetting": 0.01,
-        "train_cpu_seconds": 20.0, "peak_gb": 3.0,
+        "train_cpu_seconds": 20.0,
     }  # fmt: skip
     return {"loralab": row | values}
 

@@ -6,7 +6,6 @@ The start is made once; each of the three trainings begins from the same copy of
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from loralab import tasks
 from loralab.adapters.attach import attach, targeted_weights
 from loralab.adapters.extract import parts_of, state_of
 from loralab.adapters.inits import initialize
-from loralab.bench.timing import peak_rss_gb
 from loralab.config import (
     AdapterConfig,
     EvolveConfig,
@@ -202,7 +200,6 @@ class Lab:
 def run_trial(lab: Lab, kind: Kind, seed: int) -> dict[str, Any]:
     """Every measurement of one start with one seed."""
     budget, began = lab.budget, time.perf_counter()
-    before = _forget_peak()
     lab.engine.set_base({})  # the last search may have left its own weights in the shared base
     with quiet():
         model, tokenizer = load(lab.model_name, quantization=kind.quantization)
@@ -231,8 +228,6 @@ def run_trial(lab: Lab, kind: Kind, seed: int) -> dict[str, Any]:
             row["conciseness"] = _evolved(lab, peft, seed, _conciseness(lab, seed))
             train(peft, tokenizer, lab.warm_rows, lab.training(budget.warm_steps), seed)
             row["countdown"] = _evolved(lab, peft, seed, _countdown(lab, seed))
-    # What the lab keeps for other trials is not this one's.
-    row["peak_gb"] = peak_rss_gb() - before
     row["seconds"] = time.perf_counter() - began
     return row
 
@@ -443,11 +438,3 @@ def _repetition(ids: Sequence[int]) -> float:
     """Share of 4-grams that were there before."""
     grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _forget_peak() -> float:
-    """Let VmHWM count from here (Linux); GB resident now."""
-    gc.collect()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_rss_gb()
