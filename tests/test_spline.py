@@ -443,3 +443,18 @@ def test_training_resumes_from_a_checkpoint_to_the_same_bits(tmp_path: Any) -> N
     resumed = run(4, "broken", True)
     assert any("gate" in name for name in resumed)
     assert all(torch.equal(resumed[name], parameter) for name, parameter in straight.items())
+
+
+@pytest.mark.parametrize("knots", [5, 6, 8, 11])
+def test_the_identity_is_exact_on_a_bf16_base_whatever_the_grid(knots: int) -> None:
+    base = tiny.model("llama", torch.bfloat16)
+    config = LSLoraConfig(r=4, target_modules=["q_proj"], num_knots=knots)
+    model = get_peft_model(base, config)
+    splines = [m for n, m in model.named_modules() if n.endswith("lora_spline.default")]
+    assert splines
+    for made in splines:
+        assert made.values.dtype == torch.float32
+        grid = torch.arange(knots, dtype=torch.float32) * (6 / (knots - 1)) - 3
+        assert torch.equal(made.values.detach(), grid)
+        z = torch.randn(100, generator=torch.Generator().manual_seed(0)).bfloat16() * 4
+        assert torch.equal(made(z), z)

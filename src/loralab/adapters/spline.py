@@ -264,7 +264,9 @@ class SplineVariant(NonlinearVariant):
         self.mergeable = config.mergeable
 
     def init(self, module: LoraLayer, adapter_name: str, **_: Any) -> None:
-        made = LoraSpline(self.config).to(module.lora_A[adapter_name].weight)
+        # In fp32 from the start: PEFT casts an adapter to its base's bf16 and back, and most
+        # grids do not come through that as they were.
+        made = LoraSpline(self.config).to(module.lora_A[adapter_name].weight.device)
         module.lora_spline[adapter_name] = made
 
     def forward(
@@ -301,6 +303,15 @@ class LSLoraModel(NonlinearModel):
     """PEFT's tuner for LS-LoRA."""
 
     layer_mixin = SplineLayer
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            splines = getattr(module, "lora_spline", None)
+            if splines is not None and adapter_name in splines:
+                splines[adapter_name].to(module.lora_A[adapter_name].weight.dtype)
 
 
 register(AdapterType.LSLORA, LSLoraConfig, LSLoraModel)
