@@ -117,6 +117,9 @@ class Mica:
         for site in scene.sites:
             with _types_kept(site):
                 site.layer.mica_init(site.adapter)
+            # PEFT looks here whenever it switches adapters on again, as after `disable_adapter()`.
+            frozen = dict(site.layer.frozen_peft_weight_names)
+            site.layer.frozen_peft_weight_names = {**frozen, site.adapter: ("lora_B",)}
             site.B.requires_grad_(False)
         _mark(scene, "mica")
         return {}
