@@ -27,7 +27,7 @@ def attach(model: PreTrainedModel, config: AdapterConfig, seed: int = 0) -> Peft
     """
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return get_peft_model(model, peft_config(model, config))
 

@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"loralab bench: {error}", file=sys.stderr)
         return 2
-    command = f"`loralab bench adapters {shlex.join(given)}`"
+    command = f"`{shlex.join(['loralab', 'bench', 'adapters', *given])}`"
     table = replace(table, facts={"command": command, **table.facts})
     print(table.markdown())
     if raw is not None:

@@ -304,7 +304,7 @@ def _copy(factor: Tensor) -> Tensor:
 @contextmanager
 def _seeded(scene: Scene, site: Site) -> Iterator[None]:
     """PEFT draws from the global generator; give it the site's own stream."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(scene.generator(site.name).initial_seed())
         yield
 

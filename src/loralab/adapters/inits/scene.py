@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -90,7 +90,6 @@ class Scene:
     texts: Sequence[str] = ()
     max_tokens: int = 512
     asked_by: str = "this initialisation"
-    figures: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
