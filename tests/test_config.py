@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 from loralab import config
 from loralab.errors import UserError
+from loralab.pipeline import TRAINERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,3 +207,10 @@ def test_a_journal_takes_an_evolution_alone() -> None:
 def test_importing_it_does_not_import_torch() -> None:
     code = "import sys, loralab.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_every_kind_has_a_trainer_that_is_there() -> None:
+    assert set(TRAINERS) == set(config.KINDS)
+    for target, _ in TRAINERS.values():
+        module, _, name = target.partition(":")
+        assert callable(getattr(import_module(module), name))

@@ -103,3 +103,19 @@ def test_a_foreign_file_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "timings.json").write_text(content)
         with pytest.raises(UserError, match="not a file of timings"):
             Timings.load(tmp_path / "timings.json")
+
+
+def test_the_timings_of_a_run_are_saved_also_when_it_raises(tmp_path: Path) -> None:
+    path = tmp_path / "timings.json"
+
+    def broken() -> None:
+        with Timings.of_run(path) as timings, timings.phase("evaluation"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    with Timings.of_run(path):
+        pass
+    kept = Timings.load(path).to_dict()
+    assert kept["total_experiment"]["calls"] == 2
+    assert kept["evaluation"]["calls"] == 1

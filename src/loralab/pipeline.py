@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loralab import config as configs
 from loralab.config import (
-    AblationConfig,
     AnyConfig,
-    ClassifyConfig,
-    DistillConfig,
-    DpoConfig,
-    EvolveConfig,
-    GrpoConfig,
-    PretrainConfig,
-    Seq2SeqConfig,
-    SftConfig,
-    VerifierConfig,
 )
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
@@ -34,6 +25,22 @@ if TYPE_CHECKING:
     from loralab.gradient.events import TrainingEvent
 
     OnEvent = Callable[[Event | TrainingEvent], None]
+
+
+TRAINERS: Mapping[str, tuple[str, str | None]] = {
+    "evolve": ("loralab.evolution.trainer:evolve", None),
+    "sft": ("loralab.gradient.fine_tune:fine_tune", "step"),
+    "pretrain": ("loralab.gradient.pretrain:pretrain", "step"),
+    "dpo": ("loralab.gradient.align:align", "step"),
+    "grpo": ("loralab.gradient.reinforce:reinforce", "step"),
+    "verifier": ("loralab.gradient.verify:verify", "step"),
+    "classify": ("loralab.gradient.classify:classify", "step"),
+    "seq2seq": ("loralab.gradient.seq2seq:seq2seq", "step"),
+    "distill": ("loralab.gradient.distill:distill", "step"),
+    "ablation": ("loralab.gradient.ablation:ablate", "run"),
+}
+"""What runs a kind of config, imported when it does, and what a signal waits for the end of."""
+WITHOUT_REPORT = {"distill", "ablation"}
 
 
 class Result(Protocol):
@@ -86,94 +93,24 @@ def resume(directory: Path, config: AnyConfig | None, on_event: OnEvent) -> tupl
 
 
 def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
-    result: Result
-    match config:
-        case EvolveConfig():
-            result = _evolve(config, run, on_event)
-        case SftConfig():
-            result = _fine_tune(config, run, on_event)
-        case PretrainConfig():
-            result = _pretrain(config, run, on_event)
-        case DpoConfig():
-            result = _align(config, run, on_event)
-        case GrpoConfig():
-            result = _reinforce(config, run, on_event)
-        case VerifierConfig():
-            result = _verify(config, run, on_event)
-        case ClassifyConfig():
-            result = _classify(config, run, on_event)
-        case Seq2SeqConfig():
-            result = _seq2seq(config, run, on_event)
-        case DistillConfig():
-            return _distill(config, run, on_event)
-        case AblationConfig():
-            return _ablate(config, run, on_event)
-    build_report(run.path)
+    target, unit = TRAINERS[config.kind]
+    module, _, name = target.partition(":")
+    train: Callable[..., Result] = getattr(import_module(module), name)
+    # Evolution watches for signals itself: it has generations in flight to tell of.
+    result = _watched(train, unit, config, run, on_event) if unit else train(config, run, on_event)
+    if config.kind not in WITHOUT_REPORT:
+        build_report(run.path)
     return result
 
 
-def _evolve(config: EvolveConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.evolution.trainer import evolve
-
-    return evolve(config, run, on_event)
-
-
-def _fine_tune(config: SftConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.fine_tune import fine_tune
-
-    return _watched(fine_tune, config, run, on_event)
-
-
-def _pretrain(config: PretrainConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.pretrain import pretrain
-
-    return _watched(pretrain, config, run, on_event)
-
-
-def _align(config: DpoConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.align import align
-
-    return _watched(align, config, run, on_event)
-
-
-def _reinforce(config: GrpoConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.reinforce import reinforce
-
-    return _watched(reinforce, config, run, on_event)
-
-
-def _verify(config: VerifierConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.verify import verify
-
-    return _watched(verify, config, run, on_event)
-
-
-def _classify(config: ClassifyConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.classify import classify
-
-    return _watched(classify, config, run, on_event)
-
-
-def _seq2seq(config: Seq2SeqConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.seq2seq import seq2seq
-
-    return _watched(seq2seq, config, run, on_event)
-
-
-def _distill(config: DistillConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.distill import distill
-
-    return _watched(distill, config, run, on_event)
-
-
 def _watched(
-    train: Callable[..., Result], config: AnyConfig, run: Run, on_event: OnEvent
+    train: Callable[..., Result], unit: str, config: AnyConfig, run: Run, on_event: OnEvent
 ) -> Result:
     """Train until it is done or a signal comes; what went wrong with numbers is on the page too."""
     from loralab.gradient.loop import NonFiniteError
 
     def said(name: str) -> None:
-        on_event(Notice(f"{name}: stopping after the step in flight; again to stop at once"))
+        on_event(Notice(f"{name}: stopping after the {unit} in flight; again to stop at once"))
 
     with Interrupt(said) as interrupt:
         try:
@@ -181,16 +118,6 @@ def _watched(
         except NonFiniteError:
             build_report(run.path)
             raise
-
-
-def _ablate(config: AblationConfig, run: Run, on_event: OnEvent) -> Result:
-    from loralab.gradient.ablation import ablate
-
-    def said(name: str) -> None:
-        on_event(Notice(f"{name}: stopping after the run in flight; again to stop at once"))
-
-    with Interrupt(said) as interrupt:
-        return ablate(config, run, on_event, lambda: interrupt.requested)
 
 
 def _discard(run: Run, existed: bool) -> None:

@@ -46,6 +46,17 @@ class Timings:
         self._calls: dict[str, int] = {}
         self._open: list[list[Any]] = []  # [name, started at, seconds spent in inner phases]
 
+    @classmethod
+    @contextmanager
+    def of_run(cls, path: Path) -> Iterator[Timings]:
+        """The timings kept at `path`, the block counted as the whole, and saved however it ends."""
+        timings = cls.load(path)
+        try:
+            with timings.phase(TOTAL):
+                yield timings
+        finally:
+            timings.save(path)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of the block under `name`, also when it raises."""

@@ -58,12 +58,8 @@ def align(
         NonFiniteError: a loss or gradient is not finite; `adapter/` holds the weights before it.
         UserError: something the user can mend; the run can be resumed afterwards.
     """
-    timings = Timings.load(run.timings_path)
-    try:
-        with timings.phase("total_experiment"):
-            return _align(config, run, on_event, stopping, timings)
-    finally:
-        timings.save(run.timings_path)
+    with Timings.of_run(run.timings_path) as timings:
+        return _align(config, run, on_event, stopping, timings)
 
 
 def _align(

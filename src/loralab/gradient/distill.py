@@ -52,12 +52,8 @@ def distill(
     Raises:
         UserError: something the user can mend; the run can be resumed afterwards.
     """
-    timings = Timings.load(run.timings_path)
-    try:
-        with timings.phase("total_experiment"):
-            return _distill(config, run, on_event, stopping, timings)
-    finally:
-        timings.save(run.timings_path)
+    with Timings.of_run(run.timings_path) as timings:
+        return _distill(config, run, on_event, stopping, timings)
 
 
 def _distill(

@@ -95,12 +95,8 @@ def run_session(
         NonFiniteError: a loss or gradient is not finite; what is saved are the weights before it.
         UserError: something the user can mend; the run can be resumed afterwards.
     """
-    timings = Timings.load(run.timings_path)
-    try:
-        with timings.phase("total_experiment"):
-            return _run(config, run, on_event, stopping, timings, parts)
-    finally:
-        timings.save(run.timings_path)
+    with Timings.of_run(run.timings_path) as timings:
+        return _run(config, run, on_event, stopping, timings, parts)
 
 
 def _run(

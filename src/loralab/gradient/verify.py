@@ -65,12 +65,8 @@ def verify(
         NonFiniteError: a loss or gradient is not finite; `adapter/` holds the weights before it.
         UserError: something the user can mend; the run can be resumed afterwards.
     """
-    timings = Timings.load(run.timings_path)
-    try:
-        with timings.phase("total_experiment"):
-            return _verify(config, run, on_event, stopping, timings)
-    finally:
-        timings.save(run.timings_path)
+    with Timings.of_run(run.timings_path) as timings:
+        return _verify(config, run, on_event, stopping, timings)
 
 
 def load_verifier(directory: Path, config: VerifierConfig) -> tuple[Verifier, Any]:
