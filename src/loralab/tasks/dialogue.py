@@ -7,15 +7,15 @@ beside it, all by rouge-score with stemming, as published numbers are.
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
-from loralab.errors import UserError
+from loralab.data.sources import Row
 from loralab.tasks.base import Example, Message, Prompt, Score, Split
-from loralab.tasks.splits import rows_of_split, text_field
+from loralab.tasks.few_shot import FewShot
+from loralab.tasks.splits import text_field
 
 _log = logging.getLogger(__name__)
 
@@ -26,47 +26,19 @@ _LONGEST = 10_000
 """Characters of a completion that are read: ROUGE-L takes time by its length."""
 
 
-class Dialogue:
-    """The dialogues of a folder or of the hub.
+class Dialogue(FewShot):
+    """The dialogues; options as `FewShot`.
 
-    path: a folder with files named train... and test..., rows of `dialogue` and `summary`; or a hub
-        name.
-    shots: summarised training dialogues in each prompt, the same ones for all (seeded).
-    style: "chat" is one user message, "plain" is text to be continued behind "Summary:".
-    examples: at most this many of each split, the first ones.
+    Rows and data hold `dialogue` and `summary`; rows without either are left out.
     """
 
     name = "samsum"
-    reward_floor = 0.0
-    full_marks = 1.0
-
-    def __init__(
-        self,
-        *,
-        path: str = "knkarthick/samsum",
-        shots: int = 0,
-        style: Literal["chat", "plain"] = "chat",
-        examples: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        if not 0 <= shots <= 16:
-            raise UserError(f"samsum: shots is {shots}, expected 0 to 16")
-        if examples is not None and examples < 1:
-            raise UserError(f"samsum: examples is {examples}, expected 1 or more")
-        self.path = path
-        self.shots = shots
-        self.style = style
-        self.count = examples
-        self.seed = seed
-        self._read: dict[Split, list[Example]] = {}
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """Data holds `dialogue` and `summary`; rows without either are left out."""
-        return self._all(split)[: self.count]
+    hub = "knkarthick/samsum"
+    most_shots = 16
 
     def prompt(self, example: Example) -> Prompt:
         """The instructions, the shots and the dialogue. An example is never its own shot."""
-        shown = [shot for shot in self._shots if shot.id != example.id][: self.shots]
+        shown = self.shots_for(example)
         solved = [f"{_asked(shot)} {shot.data['summary']}" for shot in shown]
         text = "\n\n".join([INSTRUCTIONS, *solved, _asked(example)])
         return text if self.style == "plain" else [Message(role="user", content=text)]
@@ -80,39 +52,26 @@ class Dialogue:
 
     def gold(self, example: Example) -> str | None:
         """The reference summary."""
-        summary = str(example.data["summary"])
-        # In plain style it stands right behind "Summary:".
-        return f" {summary}" if self.style == "plain" else summary
+        return self.behind_prompt(str(example.data["summary"]))
 
     def metrics(self, answered: Sequence[tuple[Example, str]]) -> Mapping[str, float]:
         """rouge1, rouge2, rougeL: mean F-measures, 0 to 1."""
         scores = [self.score(example, completion).parts for example, completion in answered]
         return {kind: fmean(score[kind] for score in scores) for kind in KINDS}
 
-    @cached_property
-    def _shots(self) -> list[Example]:
-        if not self.shots:
-            return []
-        train = self._all("train")
-        return random.Random(self.seed).sample(train, min(self.shots + 1, len(train)))
-
-    def _all(self, split: Split) -> list[Example]:
-        if split not in self._read:
-            rows = rows_of_split(self.path, split)
-            if not rows:
-                raise UserError(f"samsum: {self.path} holds no {split} file")
-            found = []
-            for number, row in enumerate(rows):
-                dialogue = text_field(row, "dialogue").replace("\r\n", "\n").strip()
-                summary = text_field(row, "summary").replace("\r\n", "\n").strip()
-                if dialogue and summary:
-                    data = {"dialogue": dialogue, "summary": summary}
-                    found.append(Example(f"{split}-{number}", data))
-            if len(found) < len(rows):
-                left_out = len(rows) - len(found)
-                _log.warning("samsum: %d of %d %s rows are empty", left_out, len(rows), split)
-            self._read[split] = found
-        return self._read[split]
+    def read(self, split: Split, rows: Sequence[Row]) -> list[Example]:
+        """Dialogue and summary of each row that has both."""
+        found = []
+        for number, row in enumerate(rows):
+            dialogue = text_field(row, "dialogue").replace("\r\n", "\n").strip()
+            summary = text_field(row, "summary").replace("\r\n", "\n").strip()
+            if dialogue and summary:
+                data = {"dialogue": dialogue, "summary": summary}
+                found.append(Example(f"{split}-{number}", data))
+        if len(found) < len(rows):
+            left_out = len(rows) - len(found)
+            _log.warning("samsum: %d of %d %s rows are empty", left_out, len(rows), split)
+        return found
 
 
 def rouge(reference: str, text: str) -> dict[str, float]:

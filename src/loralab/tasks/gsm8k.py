@@ -7,15 +7,14 @@ The reward is 1 for the right number and 0 otherwise. The number read is the one
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Literal
 
+from loralab.data.sources import Row
 from loralab.errors import UserError
 from loralab.tasks.base import Example, Message, Prompt, Score, Split
-from loralab.tasks.splits import rows_of_split, text_field
+from loralab.tasks.few_shot import FewShot
+from loralab.tasks.splits import text_field
 
 MARK = "####"
 INSTRUCTIONS = (
@@ -30,47 +29,21 @@ _LONGEST = 20_000
 """Characters of a completion that are read, from its end."""
 
 
-class GSM8K:
-    """The problems of a folder or of the hub, with the answers' calculator marks taken out.
+class GSM8K(FewShot):
+    """The problems, with the answers' calculator marks taken out; options as `FewShot`.
 
-    path: a folder with files named train... and test..., rows of `question` and `answer`; or a hub
-        name.
-    shots: solved training problems in each prompt, the same ones for all (seeded).
-    style: "chat" is one user message, "plain" is text to be continued behind "Answer:".
-    examples: at most this many of each split, the first ones.
+    Rows hold `question` and `answer`; an example's data `question`, `solution` (without calculator
+    marks) and `answer`.
     """
 
     name = "gsm8k"
-    reward_floor = 0.0
-    full_marks = 1.0
-
-    def __init__(
-        self,
-        *,
-        path: str = "openai/gsm8k",
-        shots: int = 0,
-        style: Literal["chat", "plain"] = "chat",
-        examples: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        if not 0 <= shots <= 32:
-            raise UserError(f"gsm8k: shots is {shots}, expected 0 to 32")
-        if examples is not None and examples < 1:
-            raise UserError(f"gsm8k: examples is {examples}, expected 1 or more")
-        self.path = path
-        self.shots = shots
-        self.style = style
-        self.count = examples
-        self.seed = seed
-        self._read: dict[Split, list[Example]] = {}
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """Data holds `question`, `solution` (without calculator marks) and `answer`."""
-        return self._all(split)[: self.count]
+    hub = "openai/gsm8k"
+    subset = "main"
+    most_shots = 32
 
     def prompt(self, example: Example) -> Prompt:
         """The instructions, the shots and the problem. An example is never its own shot."""
-        shown = [shot for shot in self._shots if shot.id != example.id][: self.shots]
+        shown = self.shots_for(example)
         question = str(example.data["question"])
         if self.style == "plain":
             solved = [
@@ -94,33 +67,19 @@ class GSM8K:
 
     def gold(self, example: Example) -> str | None:
         """The solution, calculator marks taken out, ending in "#### 72"."""
-        solution = str(example.data["solution"])
-        # In plain style it stands right behind "Answer:".
-        return f" {solution}" if self.style == "plain" else solution
+        return self.behind_prompt(str(example.data["solution"]))
 
-    @cached_property
-    def _shots(self) -> list[Example]:
-        if not self.shots:
-            return []
-        train = self._all("train")
-        wanted = min(self.shots + 1, len(train))  # one to spare, for the example that is a shot
-        return random.Random(self.seed).sample(train, wanted)
-
-    def _all(self, split: Split) -> list[Example]:
-        if split not in self._read:
-            rows = rows_of_split(self.path, split, subset="main")
-            if not rows:
-                raise UserError(f"gsm8k: {self.path} holds no {split} file")
-            self._read[split] = [
-                _example(
-                    f"{split}-{number}",
-                    text_field(row, "question"),
-                    text_field(row, "answer"),
-                    row.place,
-                )
-                for number, row in enumerate(rows)
-            ]
-        return self._read[split]
+    def read(self, split: Split, rows: Sequence[Row]) -> list[Example]:
+        """Question, solution and answer of each row."""
+        return [
+            _example(
+                f"{split}-{number}",
+                text_field(row, "question"),
+                text_field(row, "answer"),
+                row.place,
+            )
+            for number, row in enumerate(rows)
+        ]
 
 
 def _own_words(example: Example, completion: str) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Literal
 
 from loralab.data.sources import Row
 from loralab.errors import UserError
 from loralab.tasks.base import Example, Message, Prompt, Score, Split
+from loralab.tasks.few_shot import FewShot
 from loralab.tasks.metrics import classification
-from loralab.tasks.splits import rows_of_split, text_field
+from loralab.tasks.splits import text_field
 
 CLASSES = ("negative", "positive")
 INSTRUCTIONS = "Is the sentiment of this film review positive or negative? Answer with one word."
@@ -27,49 +26,22 @@ _LONGEST = 20_000
 """Characters of a completion that are read."""
 
 
-class Sentiment:
-    """The sentences of a folder or of the hub.
+class Sentiment(FewShot):
+    """The sentences; options as `FewShot`, the classes of the shots in turn.
 
-    path: a folder with files named train... and test..., rows of `sentence` and `label` (0 or 1);
-        or a hub name, whose "validation" is our test split, as GLUE keeps its test labels.
-    shots: labelled training sentences in each prompt, the same ones for all (seeded), the classes
-        in turn.
-    style: "chat" is one user message, "plain" is text to be continued behind "Sentiment:".
-    examples: at most this many of each split, the first ones.
+    Rows and data hold `sentence` and `label` (0 or 1). From the hub, "validation" is our test
+    split, as GLUE keeps its test labels.
     """
 
     name = "sst2"
-    reward_floor = 0.0
-    full_marks = 1.0
+    hub = "stanfordnlp/sst2"
+    hub_test = "validation"
+    most_shots = 64
     classes = CLASSES
-
-    def __init__(
-        self,
-        *,
-        path: str = "stanfordnlp/sst2",
-        shots: int = 0,
-        style: Literal["chat", "plain"] = "chat",
-        examples: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        if not 0 <= shots <= 64:
-            raise UserError(f"sst2: shots is {shots}, expected 0 to 64")
-        if examples is not None and examples < 1:
-            raise UserError(f"sst2: examples is {examples}, expected 1 or more")
-        self.path = path
-        self.shots = shots
-        self.style = style
-        self.count = examples
-        self.seed = seed
-        self._read: dict[Split, list[Example]] = {}
-
-    def examples(self, split: Split) -> Sequence[Example]:
-        """Data holds `sentence` and `label`."""
-        return self._all(split)[: self.count]
 
     def prompt(self, example: Example) -> Prompt:
         """The instructions, the shots and the sentence. An example is never its own shot."""
-        shown = [shot for shot in self._shots if shot.id != example.id][: self.shots]
+        shown = self.shots_for(example)
         reviews = [f"Review: {self.text(s)}\nSentiment: {CLASSES[self.label(s)]}" for s in shown]
         text = "\n\n".join([INSTRUCTIONS, *reviews, f"Review: {self.text(example)}\nSentiment:"])
         return text if self.style == "plain" else [Message(role="user", content=text)]
@@ -83,9 +55,7 @@ class Sentiment:
 
     def gold(self, example: Example) -> str | None:
         """The name of its class."""
-        name = CLASSES[self.label(example)]
-        # In plain style it stands right behind "Sentiment:".
-        return f" {name}" if self.style == "plain" else name
+        return self.behind_prompt(CLASSES[self.label(example)])
 
     def metrics(self, answered: Sequence[tuple[Example, str]]) -> Mapping[str, float]:
         """accuracy, f1 (of "positive"), f1_macro; no answer is a wrong one."""
@@ -111,26 +81,17 @@ class Sentiment:
                 return CLASSES.index(named.pop()) if len(named) == 1 else None
         return None
 
-    @cached_property
-    def _shots(self) -> list[Example]:
+    def draw(self, train: Sequence[Example], drawn: random.Random) -> list[Example]:
         """One more of each class than is shown, for the examples that are shots themselves."""
-        if not self.shots:
-            return []
-        drawn = random.Random(self.seed)
-        train = self._all("train")
         by_class = []
         for label in range(len(CLASSES)):
             known = [example for example in train if self.label(example) == label]
             by_class.append(drawn.sample(known, min(self.shots // 2 + 2, len(known))))
         return [shot for pair in zip(*by_class, strict=False) for shot in pair]
 
-    def _all(self, split: Split) -> list[Example]:
-        if split not in self._read:
-            rows = rows_of_split(self.path, split, hub_test="validation")
-            if not rows:
-                raise UserError(f"sst2: {self.path} holds no {split} file")
-            self._read[split] = [_example(f"{split}-{i}", row) for i, row in enumerate(rows)]
-        return self._read[split]
+    def read(self, split: Split, rows: Sequence[Row]) -> list[Example]:
+        """Sentence and label of each row."""
+        return [_example(f"{split}-{i}", row) for i, row in enumerate(rows)]
 
 
 def _example(identity: str, row: Row) -> Example:
