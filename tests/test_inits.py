@@ -273,7 +273,7 @@ def test_output_match_is_quiet_on_typical_inputs_with_both_factors_there(method:
     before, after = factors(plain), factors(model)
     for name in after:
         assert after[name].B.norm() == pytest.approx(float(before[name].B.norm()), rel=0.2)
-        assert after[name].A.norm() > 0.9 * before[name].A.norm()
+        assert after[name].A.norm() == pytest.approx(float(before[name].A.norm()), rel=0.2)
     # What the random start would have had, by the same measure.
     model.eval()
     modules = {n.removeprefix("base_model.model."): m for n, m in layers(plain).items()}
