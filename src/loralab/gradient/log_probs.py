@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loralab.gradient.loss import PIECE, reason_against
+from loralab.gradient.loss import PIECE, cross_entropy, reason_against
 from loralab.gradient.rows import IGNORED
 
 LOG_PROBS = "log_probs"
@@ -88,12 +88,12 @@ class _HeadLogProbs(torch.autograd.Function):
         found = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for at in range(0, len(hidden), PIECE):
             piece = slice(at, at + PIECE)
-            wanted = targets[piece, None]
-            log_p = _log_softmax(hidden[piece], weight, bias, temperature)
-            found[piece] = log_p.gather(1, wanted)[:, 0]
-            if slopes is not None:
-                slope = _toward(log_p, wanted, temperature)
-                slopes[piece] = slope.to(weight.dtype) @ weight
+            logits = _logits(hidden[piece], weight, bias, temperature)
+            losses, slope = cross_entropy(logits, targets[piece], slopes is not None)
+            found[piece] = -losses
+            if slopes is not None and slope is not None:
+                # Of log p, not of the loss -log p, and by the logits before the temperature.
+                slopes[piece] = (slope.to(weight.dtype) @ weight).mul_(-1 / temperature)
         kept = (hidden, weight, bias) if any(needs_head) else (None, None, None)
         ctx.save_for_backward(slopes, targets, *kept)
         ctx.temperature = temperature
@@ -110,8 +110,10 @@ class _HeadLogProbs(torch.autograd.Function):
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for at in range(0, len(hidden), PIECE):
             piece = slice(at, at + PIECE)
-            log_p = _log_softmax(hidden[piece], weight, bias, ctx.temperature)
-            slope = _toward(log_p, targets[piece, None], ctx.temperature) * grad[piece, None]
+            logits = _logits(hidden[piece], weight, bias, ctx.temperature)
+            _, toward = cross_entropy(logits, targets[piece], True)
+            assert toward is not None
+            slope = toward.float() * (-grad[piece, None] / ctx.temperature)
             if of_bias is not None:
                 of_bias += slope.sum(dim=0)
             of_weight += slope.to(weight.dtype).t() @ hidden[piece].to(weight.dtype)
@@ -119,15 +121,6 @@ class _HeadLogProbs(torch.autograd.Function):
         return of_hidden, of_weight.to(weight.dtype), cast_bias, None, None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     logits = functional.linear(hidden.to(weight.dtype), weight, bias)
-    if temperature != 1.0:
-        logits = logits.float() / temperature
-    return logits.log_softmax(dim=-1, dtype=torch.float32)
-
-
-def _toward(log_p: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Gradient (n, v) of the wanted log-probabilities by the logits; overwrites `log_p`."""
-    slope = log_p.exp_().neg_()
-    slope.scatter_add_(1, wanted, slope.new_ones(wanted.shape))
-    return slope if temperature == 1.0 else slope.div_(temperature)
+    return logits if temperature == 1.0 else logits.float() / temperature

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loralab.gradient.native.layers import kernels, takes
+from loralab.gradient.native.switch import wanted
 from loralab.gradient.rows import IGNORED
 
 PIECE = 256
@@ -121,17 +123,15 @@ class _HeadLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for at in range(0, len(hidden), PIECE):
-            h, wanted = hidden[at : at + PIECE], targets[at : at + PIECE, None]
+            h = hidden[at : at + PIECE]
             logits = functional.linear(h, weight, bias)
-            log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
-            total -= log_p.gather(1, wanted).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
+            slopes = needs_hidden or needs_weight or needs_bias
+            losses, slope = cross_entropy(logits, targets[at : at + PIECE], slopes)
+            total += losses.sum()
+            if slope is None:
                 continue
-            slope = log_p.exp_()
-            slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, -1.0))
             if d_bias is not None:
-                d_bias += slope.sum(dim=0)
-            slope = slope.to(weight.dtype)
+                d_bias += slope.sum(dim=0, dtype=torch.float32)
             if d_hidden is not None:
                 d_hidden[at : at + PIECE] = slope @ weight
             if d_weight is not None:
@@ -150,3 +150,26 @@ class _HeadLoss(torch.autograd.Function):
             None if d_bias is None else (d_bias * grad).to(bias_dtype),
             None,
         )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, slopes: bool) -> tuple[Tensor, Tensor | None]:
+    """-log softmax(logits)[target], float32 (n,), and its gradient by the logits, in their type.
+
+    logits: (n, v), overwritten. targets: (n,). slopes: whether the gradient is wanted.
+
+    Raises:
+        IndexError: a target is not in the vocabulary.
+    """
+    native = kernels()
+    if wanted() and native is not None and takes(logits):
+        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+            raise IndexError(f"a label is outside the vocabulary of {logits.shape[1]}")
+        losses = native.cross_entropy(logits, targets.contiguous(), slopes)
+        return losses, logits if slopes else None
+    log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
+    losses = -log_p.gather(1, targets[:, None])[:, 0]
+    if not slopes:
+        return losses, None
+    slope = log_p.exp_()
+    slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+    return losses, slope.to(logits.dtype)

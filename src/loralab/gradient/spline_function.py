@@ -21,6 +21,7 @@ from loralab.adapters.spline import LoraSpline, knot_positions
 from loralab.gradient import spline_curve
 from loralab.gradient.lora_function import drop, factor_gradients, in_autocast_type
 from loralab.gradient.native.spline import kernel
+from loralab.gradient.native.switch import wanted
 from loralab.gradient.spline_curve import Curve
 
 
@@ -49,7 +50,7 @@ def _curve(ctx: Any, values: Tensor, i: Tensor, o: Tensor, gate: Tensor | None) 
 
 def _bend(h: Tensor, b: Tensor, curve: Curve) -> Tensor:
     """f(h B^T), (tokens, out)."""
-    native = kernel()
+    native = kernel() if wanted() else None
     if native is None or not native.takes(h, curve):
         return spline_curve.forward(h @ b.t(), curve)
     if native.takes_product(h, b):
@@ -59,7 +60,7 @@ def _bend(h: Tensor, b: Tensor, curve: Curve) -> Tensor:
 
 def _bend_gradients(h: Tensor, b: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
     """gz (tokens, out) and the gradients of the spline's parameters, from gy."""
-    native = kernel()
+    native = kernel() if wanted() else None
     if native is None or not native.takes(h, curve):
         return spline_curve.backward(h @ b.t(), gy, curve)
     if native.takes_product(h, b):

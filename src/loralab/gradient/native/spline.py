@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -13,13 +11,12 @@ import torch
 from torch import Tensor
 
 from loralab.engines.native.build import NativeUnavailableError, load
+from loralab.gradient.native.parallel import in_parts
 from loralab.gradient.spline_curve import Curve
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("spline.cpp")
-PARALLEL = 2**18
-"""Elements from which the work is shared among torch's threads."""
 
 
 class _Spline(ctypes.Structure):
@@ -101,7 +98,7 @@ class SplineKernel:
                 rank,
             )
 
-        _in_parts(rows, self.rows, out, part)
+        in_parts(rows, self.rows, out, part)
         return y
 
     def product_backward(
@@ -128,7 +125,7 @@ class SplineKernel:
                 at_sums + start // self.rows * stride,
             )
 
-        _in_parts(rows, self.rows, out, part)
+        in_parts(rows, self.rows, out, part)
         return gz, self._gradients(spline, sums, curve)
 
     def forward(self, z: Tensor, curve: Curve) -> Tensor:
@@ -139,7 +136,7 @@ class SplineKernel:
         def part(start: int, stop: int) -> None:
             self.lib.ll_spline_forward(spline, at_z + start * width, stop - start, is_bf16)
 
-        _in_parts(z.numel(), self.block, 1, part)
+        in_parts(z.numel(), self.block, 1, part)
         return z
 
     def backward(self, z: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
@@ -160,25 +157,13 @@ class SplineKernel:
                 at_sums + start // self.block * stride,
             )
 
-        _in_parts(z.numel(), self.block, 1, part)
+        in_parts(z.numel(), self.block, 1, part)
         return z, self._gradients(spline, sums, curve)
 
     def _gradients(self, spline: _Spline, sums: Tensor, curve: Curve) -> Tensor:
         gradients = torch.empty(curve.deviation.shape[0] + 3)
         self.lib.ll_spline_gradients(spline, sums.data_ptr(), sums.shape[0], gradients.data_ptr())
         return gradients
-
-
-def _in_parts(count: int, block: int, size: int, part: Callable[[int, int], None]) -> None:
-    """part(start, stop) over `count` things of `size` elements, by threads in whole blocks."""
-    threads = torch.get_num_threads()
-    if threads == 1 or count * size < PARALLEL:
-        part(0, count)
-        return
-    step = -(-count // (threads * block)) * block
-    starts = range(0, count, step)
-    # ctypes lets go of the interpreter's lock while the kernel runs.
-    list(_pool(threads).map(part, starts, [min(at + step, count) for at in starts]))
 
 
 @cache
@@ -189,11 +174,6 @@ def kernel() -> SplineKernel | None:
     except NativeUnavailableError as error:
         log.warning("LS-LoRA's fast step runs in PyTorch alone, which is slower: %s", error)
         return None
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="loralab-spline")
 
 
 def _described(curve: Curve) -> _Spline:

@@ -1,0 +1,230 @@
+"""Native forwards for a decoder's norms, gated MLPs and attention while it trains.
+
+    with fused_layers(model) as report: ...
+
+Modules of the classes in `NORMS`, `MLPS` and `ATTENTIONS` get a `forward` of their own
+(`layer_functions.py`); projections inside them are called as modules, so adapters, hooks and
+quantised weights work as before. What a call needs beyond that (a cache, padding, dropout, a
+window shorter than a sequence, another type than bf16 in attention) goes to the class's own
+forward, call by call. Other classes are left alone, and `report` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.gradient import attention
+from loralab.gradient.collate import LENGTHS
+from loralab.gradient.layer_functions import RMSNorm, RotaryAttention, SwiGLU
+from loralab.gradient.native import attention as native_attention
+from loralab.gradient.native import layers as native
+from loralab.gradient.native.switch import wanted
+
+_DECODER = "loralab.models.decoder"
+
+
+def _family(suffix: str, *names: str) -> dict[str, str]:
+    return {
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}{suffix}": name
+        for name in names
+    }
+
+
+NORMS: Mapping[str, str] = {
+    **_family("RMSNorm", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"),
+    f"{_DECODER}.RMSNorm": "decoder",
+}
+"""Classes that compute weight * (x / rms(x)), eps inside the root."""
+
+MLPS: Mapping[str, str] = {
+    **_family("MLP", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"),
+    "loralab.models.moe.SwiGLU": "decoder",
+}
+"""Classes that compute down(act(gate(x)) * up(x))."""
+
+ATTENTIONS: Mapping[str, str] = {
+    **_family("Attention", "Llama", "Mistral", "Qwen2", "Qwen3"),
+    f"{_DECODER}.Attention": "decoder",
+}
+"""Classes whose queries and keys are rotated, halves against each other, over the whole head."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """taken: how many modules of which class run natively. left: those that look like a norm, an
+    MLP or attention and do not."""
+
+    taken: Mapping[str, int]
+    left: Mapping[str, int]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said to the user, if anything."""
+        if not self.left:
+            return ()
+        left = ", ".join(f"{count} {name}" for name, count in self.left.items())
+        return (f"no native kernel for {left}: they run in PyTorch",)
+
+
+@contextmanager
+def fused_layers(model: nn.Module) -> Iterator[Report]:
+    """Within it the model's known layers run on native kernels, where those can be had."""
+    taken, left, patched = dict[str, int](), dict[str, int](), list[nn.Module]()
+    usable = wanted() and _on_cpu(model) and native.kernels() is not None
+    for module in model.modules() if usable else ():
+        forward = _forward_of(module)
+        known = forward is not None and "forward" not in vars(module)
+        name = type(module).__name__
+        if known:
+            module.forward = MethodType(forward, module)  # type: ignore[arg-type]
+            patched.append(module)
+        if known or name.endswith(("Norm", "MLP", "Attention")):
+            counts = taken if known else left
+            counts[name] = counts.get(name, 0) + 1
+    try:
+        yield Report(taken, left)
+    finally:
+        for module in patched:
+            vars(module).pop("forward", None)
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return all(p.device.type == "cpu" for p in model.parameters())
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if kind in NORMS:
+        return _norm
+    if kind in MLPS:
+        act = getattr(module, "act_fn", None)
+        silu = act is None or type(act).__name__ in ("SiLU", "SiLUActivation")
+        return _mlp if silu else None
+    if kind in ATTENTIONS:
+        return _decoder_attention if kind.startswith(_DECODER) else _attention
+    return None
+
+
+def _usable(*tensors: Tensor) -> bool:
+    return wanted() and native.takes(*tensors) and not torch.compiler.is_compiling()
+
+
+def _norm(self: Any, x: Tensor) -> Tensor:
+    kernels = native.kernels()
+    if kernels is None or x.shape[-1] % native.LANES or not _usable(x, self.weight):
+        plain: Tensor = type(self).forward(self, x)
+        return plain
+    eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
+    made: Tensor = RMSNorm.apply(kernels, x, self.weight, eps)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    kernels = native.kernels()
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if kernels is None or gate.shape[-1] % native.LANES or not _usable(gate, up):
+        inner = torch.nn.functional.silu(gate) * up
+    else:
+        inner = SwiGLU.apply(kernels, gate, up)  # type: ignore[no-untyped-call]
+    out: Tensor = self.down_proj(inner)
+    return out
+
+
+def _attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+    lengths = _lengths(self, kwargs, past_key_values, window)
+    if position_embeddings is None or lengths is None:
+        return type(self).forward(
+            self,
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+    parts = [
+        project(hidden_states).unflatten(-1, (-1, self.head_dim))
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    ]
+    for at, norm in enumerate(("q_norm", "k_norm")):
+        if hasattr(self, norm):
+            parts[at] = getattr(self, norm)(parts[at])
+    out = _attend(self, parts, position_embeddings, lengths)
+    return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def _decoder_attention(
+    self: Any,
+    x: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    attention_mask: Tensor | None,
+    past_key_values: Any,
+    **kwargs: Any,
+) -> Tensor:
+    lengths = _lengths(self, kwargs, past_key_values, None)
+    if rotation is None or lengths is None:
+        plain: Tensor = type(self).forward(
+            self, x, rotation, attention_mask, past_key_values, **kwargs
+        )
+        return plain
+    parts = [part.transpose(1, 2) for part in self.project(x)]
+    out = _attend(self, parts, rotation, lengths).reshape(*x.shape[:-1], -1)
+    projected: Tensor = self.out_proj(out) if self.config.attention == "fused" else self.o_proj(out)
+    return projected
+
+
+def _lengths(
+    module: Any, kwargs: Mapping[str, Any], past_key_values: Any, window: int | None
+) -> Sequence[int] | None:
+    """Of a call with sequences end to end; None if it asks for more than their attention."""
+    lengths: Sequence[int] | None = kwargs.get(LENGTHS)
+    beyond = (
+        past_key_values is not None
+        or module.config._attn_implementation != attention.NAME
+        or (module.training and getattr(module, "attention_dropout", 0.0))
+        or (lengths and window is not None and max(lengths) > window)
+    )
+    return None if beyond else lengths
+
+
+def _attend(
+    module: Any, parts: Sequence[Tensor], rotation: tuple[Tensor, Tensor], lengths: Sequence[int]
+) -> Tensor:
+    """(1, tokens, heads, d) of queries, keys and values (1, tokens, heads or key heads, d)."""
+    from loralab.models.rope import rotate
+
+    kernels, kernel, width = native.kernels(), native_attention.kernel(), parts[0].shape[-1]
+    q, k, v = (part[0].contiguous() for part in parts)
+    cos, sin = (t[..., : width // 2] for t in rotation)
+    fits = kernels is not None and width % (2 * native.LANES) == 0 and cos.shape[0] == 1
+    if not (fits and kernel is not None and _usable(q, k, v) and kernel.takes(q, k, v)):
+        cos, sin = rotation
+        turned = [rotate(part.transpose(1, 2), cos, sin) for part in parts[:2]]
+        return attention.sequence_attention(
+            module,
+            turned[0],
+            turned[1],
+            parts[2].transpose(1, 2),
+            None,
+            scaling=module.scaling,
+            sequence_lengths=lengths,
+        )[0]
+    tables = (t[0].float().contiguous() for t in (cos, sin))
+    out: Tensor = RotaryAttention.apply(  # type: ignore[no-untyped-call]
+        kernels, kernel, q, k, v, *tables, module.scaling, tuple(lengths)
+    )
+    return out[None]
