@@ -1,4 +1,4 @@
-"""LS-LoRA: the function, its start, the pull to the identity, the diagnostics."""
+"""LS-LoRA: the function, its start, its options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
 
 import tiny
 from loralab.adapters import LSLoraConfig
@@ -24,46 +22,15 @@ from loralab.adapters.spline import (
     spline,
 )
 from loralab.adapters.spline_diagnostics import (
-    SplineDiagnosticsCallback,
-    count_outside,
-    spline_diagnostics,
     splines,
 )
-from loralab.adapters.spline_penalty import spline_regularizer
 from loralab.errors import UserError
-
-
-def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def config(**options: Any) -> LSLoraConfig:
-    return LSLoraConfig(
-        **{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | options
-    )
-
-
-def adapted(base: Any = None, **options: Any) -> Any:
-    torch.manual_seed(0)
-    model = get_peft_model(base or tiny.model("llama"), config(**options))
-    randomise_b(model)
-    return model.eval()
-
-
-@torch.no_grad()
-def randomise_b(model: Any) -> None:
-    for index, (name, parameter) in enumerate(model.named_parameters()):
-        if "lora_B" in name:
-            parameter.copy_(normal(*parameter.shape, seed=index, scale=0.3))
-
-
-@torch.no_grad()
-def bend(model: Any, scale: float = 0.4) -> None:
-    for index, own in enumerate(splines(model).values()):
-        own.values += normal(*own.values.shape, seed=index, scale=scale)
-
-
-IDS = torch.randint(4, 67, (4, 7), generator=torch.Generator().manual_seed(1))
+from spline_models import (
+    IDS,
+    adapted,
+    config,
+    normal,
+)
 
 
 def reference(z: np.ndarray, v: np.ndarray, low: float, high: float, boundary: str) -> np.ndarray:
@@ -222,227 +189,6 @@ def test_a_gated_spline_can_leave_its_start() -> None:
 def test_bad_options_are_named(option: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**option)
-
-
-# The pull to the identity
-
-
-def rows(count: int = 8) -> Dataset:
-    ids = torch.randint(4, 67, (count, 6), generator=torch.Generator().manual_seed(3)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * 6] * count})
-
-
-def trained_values(
-    weight: float, tmp_path: Any, trainer: Any = Trainer, **arguments: Any
-) -> dict[str, Tensor]:
-    """The values after one SGD step of rate 0.1 over the same eight rows."""
-    model = adapted(spline_reg_weight=weight, task_type="CAUSAL_LM").train()
-    bend(model)
-    kind = TrainingArguments if trainer is Trainer else arguments.pop("kind")
-    extra = {} if trainer is Trainer else {"processing_class": tiny.tokenizer()}
-    trainer(
-        model=model,
-        args=kind(
-            output_dir=str(tmp_path),
-            max_steps=1,
-            learning_rate=0.1,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=1e9,
-            report_to=[],
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            **arguments,
-        ),
-        train_dataset=rows(),
-        **extra,
-    ).train()
-    return {name: own.values.detach().clone() for name, own in splines(model).items()}
-
-
-def expected_pull(weight: float, rate: float = 0.1) -> dict[str, Tensor]:
-    """What one step takes off the values: rate x the gradient of weight x mean (v - k)^2."""
-    model = adapted()
-    bend(model)
-    return {
-        name: rate * weight * 2 * (own.values - own.knots()).detach() / 5
-        for name, own in splines(model).items()
-    }
-
-
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_regulariser_counts_once_a_step_under_the_trainer(accumulation: int, tmp_path: Any) -> None:
-    sizes = {
-        "per_device_train_batch_size": 8 // accumulation,
-        "gradient_accumulation_steps": accumulation,
-    }
-    without, with_it = (trained_values(w, tmp_path, **sizes) for w in (0.0, 0.5))
-    for name, pull in expected_pull(0.5).items():
-        torch.testing.assert_close(without[name] - with_it[name], pull, atol=1e-6, rtol=1e-4)
-
-
-def test_regulariser_counts_once_a_step_under_sft_trainer(tmp_path: Any) -> None:
-    trl = pytest.importorskip("trl")
-    sizes = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "kind": trl.SFTConfig,
-        "bf16": False,
-        "gradient_checkpointing": True,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False,
-    }
-    found = [trained_values(w, tmp_path, trl.SFTTrainer, **dict(sizes)) for w in (0.0, 0.5)]
-    for name, pull in expected_pull(0.5).items():
-        torch.testing.assert_close(found[0][name] - found[1][name], pull, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("copied", "fused"), [(False, False), (True, False), (False, True)])
-def test_regulariser_counts_once_with_a_scaler_and_on_a_copy(copied: bool, fused: bool) -> None:
-    found = []
-    for weight in (0.0, 0.5):
-        model = adapted(spline_reg_weight=weight)
-        bend(model)
-        model = copy.deepcopy(model) if copied else model
-        # A fused optimiser unscales by itself, within its step.
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=0.1, fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-        scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
-        scaler.step(optimizer)
-        found.append({name: own.values.detach() for name, own in splines(model).items()})
-    for name, pull in expected_pull(0.5).items():
-        torch.testing.assert_close(found[0][name] - found[1][name], pull, atol=1e-6, rtol=1e-4)
-
-
-def test_regulariser_leaves_backward_and_idle_adapters_alone() -> None:
-    model = adapted(spline_reg_weight=0.5)
-    model.add_adapter("idle", config(spline_reg_weight=0.5))
-    bend(model)
-    idle = splines(model, "idle")
-    for own in idle.values():
-        own.values.data += 1.0
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.step()  # no gradient yet: nothing may move
-    assert all(own.values.grad is None for own in splines(model).values())
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    plain = adapted(spline_reg_weight=0.0)
-    bend(plain)
-    plain(input_ids=IDS, labels=IDS).loss.backward()
-    for name, own in splines(model).items():
-        torch.testing.assert_close(own.values.grad, splines(plain)[name].values.grad)
-    optimizer.step()
-    assert all(torch.equal(own.values, own.knots() + 1.0) for own in idle.values())
-
-
-def test_regularizer_is_the_function_whose_gradient_is_added() -> None:
-    model = adapted(spline_reg_weight=0.5)
-    assert spline_regularizer(model).item() == 0.0
-    bend(model)
-    total = spline_regularizer(model)
-    want = sum(
-        0.5 * float(((own.values - own.knots()) ** 2).detach().mean())
-        for own in splines(model).values()
-    )
-    assert total.item() == pytest.approx(want, rel=1e-5)
-    assert spline_regularizer(model, weight=1.0).item() == pytest.approx(2 * want, rel=1e-5)
-    total.backward()
-    for name, pull in expected_pull(0.5, rate=1.0).items():
-        torch.testing.assert_close(splines(model)[name].values.grad, pull)
-
-
-# Diagnostics
-
-
-def test_diagnostics_are_the_numbers_they_say() -> None:
-    model = adapted(gated=True, spline_init="identity")
-    bend(model)
-    for own in splines(model).values():
-        own.gate.data.fill_(0.25)
-    found = spline_diagnostics(model)
-    assert len(found) == 4
-    assert all(name.endswith(("q_proj", "down_proj")) for name in found)
-    for name, own in splines(model).items():
-        v, k = own.values.detach().double().numpy(), np.linspace(-3, 3, 5)
-        assert found[name]["deviation"] == pytest.approx(np.abs(v - k).mean())
-        assert found[name]["slope_variance"] == pytest.approx(np.var(np.diff(v) / 1.5), rel=1e-5)
-        assert (found[name]["input_scale"], found[name]["gate"]) == (1.0, 0.25)
-        assert "outside" not in found[name]
-    with pytest.raises(UserError, match="adapter 'other': the model has no spline"):
-        spline_diagnostics(model, "other")
-
-
-def test_inputs_outside_the_grid_are_counted_only_when_asked() -> None:
-    model = adapted()
-    layer = next(m for n, m in model.named_modules() if n.endswith("0.self_attn.q_proj"))
-    layer.lora_spline["default"].input_scale.data.fill_(8.0)
-    seen = []
-    handle = layer.lora_spline["default"].register_forward_pre_hook(lambda _, z: seen.append(z[0]))
-    with torch.no_grad(), count_outside(model):
-        for _ in range(2):
-            model(input_ids=IDS)
-        found = spline_diagnostics(model)
-    handle.remove()
-    z = 8.0 * torch.cat(seen)
-    want = ((z < -3) | (z > 3)).double().mean().item()
-    name = next(n for n in found if n.endswith("0.self_attn.q_proj"))
-    assert 0.05 < want < 0.95
-    assert found[name]["outside"] == pytest.approx(want)
-    assert "outside" not in spline_diagnostics(model)[name]
-
-
-def test_callback_logs_during_and_after_training(tmp_path: Any) -> None:
-    model = adapted(task_type="CAUSAL_LM").train()
-    callback = SplineDiagnosticsCallback(measure_outside=True)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=4,
-        logging_steps=2,
-        learning_rate=0.05,
-        weight_decay=0.1,
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[callback])
-    with pytest.warns(UserWarning, match="pulls the values of splines towards 0"):
-        trainer.train()
-    logged = [line for line in trainer.state.log_history if "spline/deviation" in line]
-    assert [line["step"] for line in logged[:2]] == [2, 4]
-    assert 0 < logged[0]["spline/deviation"] < logged[1]["spline/deviation"]
-    assert all(0 <= line["spline/outside"] <= 1 for line in logged)
-    assert callback.final.keys() == splines(model).keys()
-    deviations = [layer["deviation"] for layer in callback.final.values()]
-    assert logged[-1]["spline/deviation"] == pytest.approx(np.mean(deviations))
-    assert all(own.outside is None for own in splines(model).values())
-
-
-def test_training_resumes_from_a_checkpoint_to_the_same_bits(tmp_path: Any) -> None:
-    def run(steps: int, folder: str, resume: bool) -> Any:
-        model = adapted(task_type="CAUSAL_LM", gated=True).train()
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path / folder),
-            max_steps=steps,
-            save_steps=2,
-            learning_rate=0.05,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=4,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows())
-        trainer.train(resume_from_checkpoint=resume)
-        return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-    straight = run(4, "straight", False)
-    run(2, "broken", False)
-    resumed = run(4, "broken", True)
-    assert any("gate" in name for name in resumed)
-    assert all(torch.equal(resumed[name], parameter) for name, parameter in straight.items())
 
 
 @pytest.mark.parametrize("knots", [5, 6, 8, 11])

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from loralab.adapters.knots import knot_positions as knot_positions
 from loralab.adapters.nonlinear import (
     NonlinearConfig,
     NonlinearLayer,
@@ -40,18 +41,6 @@ SplineInit = Literal["identity", "bent"]
 
 BEND = 0.25
 """A bent start moves each value by this fraction of the distance between two knots."""
-
-
-def knot_positions(
-    count: int, k_min: float, k_max: float, device: torch.device | None = None
-) -> Tensor:
-    """The uniform grid (count,) from k_min to k_max, in fp32.
-
-    One multiplication and one addition each, and always in fp32, so that it is rounded alike
-    everywhere: v = k has to stay exact on another device and in another type.
-    """
-    step = (k_max - k_min) / (count - 1)
-    return torch.arange(count, dtype=torch.float32, device=device) * step + k_min
 
 
 def spline(
@@ -144,11 +133,14 @@ class LoraSpline(nn.Module):
         grid = knot_positions(self.num_knots, self.k_min, self.k_max, self.values.device)
         return grid.to(self.values.dtype)
 
+    def placed(self, z: Tensor) -> Tensor:
+        """i z, or i tanh(z): where on the grid inputs fall."""
+        return self.input_scale * (torch.tanh(z) if self.normalize == "tanh" else z)
+
     def forward(self, z: Tensor) -> Tensor:
         """o phi(i z), or (1 - g) z + g o phi(i z) if gated; the shape and type of z."""
         kept = z.to(torch.promote_types(z.dtype, torch.float32))
-        x = torch.tanh(kept) if self.normalize == "tanh" else kept
-        x = self.input_scale * x
+        x = self.placed(kept)
         if self.outside is not None:
             self.outside.add(x, self.k_min, self.k_max)
         if self.interpolation_method == "soft":

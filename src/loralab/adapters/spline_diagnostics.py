@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback
+from torch import Tensor, nn
 
 from loralab.adapters.spline import LoraSpline, OutsideCount
-from loralab.adapters.spline_penalty import spline_regularizer, whole
+from loralab.adapters.spline_penalty import whole
 from loralab.errors import UserError
+
+
+def spline_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
+    """The layers that hold a spline of one adapter, by name; {} if the model has none."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if adapter in getattr(module, "lora_spline", ())
+    }
 
 
 def splines(model: nn.Module, adapter: str = "default") -> dict[str, LoraSpline]:
@@ -23,20 +30,15 @@ def splines(model: nn.Module, adapter: str = "default") -> dict[str, LoraSpline]
     Raises:
         UserError: the model has none.
     """
-    found = {
-        name: module.lora_spline[adapter]
-        for name, module in model.named_modules()
-        if adapter in getattr(module, "lora_spline", ())
-    }
+    found = spline_layers(model, adapter)
     if not found:
         raise UserError(
             f"adapter {adapter!r}: the model has no spline of that name; expected one made from "
             "an LSLoraConfig"
         )
-    return found
+    return {name: layer.lora_spline[adapter] for name, layer in found.items()}
 
 
-@torch.no_grad()
 def spline_diagnostics(model: nn.Module, adapter: str = "default") -> dict[str, dict[str, float]]:
     """By layer:
 
@@ -49,23 +51,42 @@ def spline_diagnostics(model: nn.Module, adapter: str = "default") -> dict[str, 
     Raises:
         UserError: the model has no such adapter.
     """
-    return {name: _measure(own) for name, own in splines(model, adapter).items()}
-
-
-def _measure(own: LoraSpline) -> dict[str, float]:
-    values, knots = whole(own.values).double(), own.knots().double()
-    slopes = values.diff() / knots.diff()
-    measured = {
-        "deviation": float((values - knots).abs().mean()),
-        "slope_variance": float(slopes.var(correction=0)),
-        "input_scale": float(whole(own.input_scale)),
-        "output_scale": float(whole(own.output_scale)),
-    }
-    if own.gate is not None:
-        measured["gate"] = float(whole(own.gate))
-    if own.outside is not None:
-        measured["outside"] = own.outside.share
+    found = splines(model, adapter)
+    measured = measure(found)
+    for name, own in found.items():
+        if own.outside is not None:
+            measured[name]["outside"] = own.outside.share
     return measured
+
+
+@torch.no_grad()
+def measure(found: dict[str, LoraSpline]) -> dict[str, dict[str, float]]:
+    """`spline_diagnostics` of these splines, but for `outside`; those of one grid together."""
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for name, own in found.items():
+        alike[own.num_knots, own.k_min, own.k_max, own.gate is None, own.values.device].append(name)
+    measured = {}
+    for names in alike.values():
+        for name, numbers in zip(names, _measured([found[name] for name in names]), strict=True):
+            measured[name] = numbers
+    return {name: measured[name] for name in found}
+
+
+def _measured(alike: list[LoraSpline]) -> list[dict[str, float]]:
+    def stacked(part: str) -> Tensor:
+        return torch.stack([whole(getattr(own, part)) for own in alike]).double()
+
+    values, knots = stacked("values"), alike[0].knots().double()
+    columns = {
+        "deviation": (values - knots).abs().mean(1),
+        "slope_variance": (values.diff() / knots.diff()).var(1, correction=0),
+        "input_scale": stacked("input_scale")[:, 0],
+        "output_scale": stacked("output_scale")[:, 0],
+    }
+    if alike[0].gate is not None:
+        columns["gate"] = stacked("gate")[:, 0]
+    rows = torch.stack(list(columns.values()), 1).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 @contextmanager
@@ -87,66 +108,3 @@ def count_outside(model: nn.Module, adapter: str = "default") -> Iterator[None]:
     finally:
         for own in found:
             own.outside = None
-
-
-class SplineDiagnosticsCallback(TrainerCallback):  # type: ignore[misc]
-    """Adds the diagnostics to what a Transformers or TRL trainer logs.
-
-    Every log line gets, over the layers, `spline/deviation`, `spline/slope_variance`,
-    `spline/input_scale`, `spline/output_scale` (means; `_max` beside them), `spline/gate` if gated,
-    `spline/regularizer`, and with `measure_outside` `spline/outside` since the last line. After
-    training `final` holds `spline_diagnostics` layer by layer. Trackers that run before this
-    callback do not see the added values (`trainer.state.log_history` has them all): to have them
-    there too, put it first in `trainer.callback_handler.callbacks`.
-    """
-
-    def __init__(self, adapter: str = "default", measure_outside: bool = False) -> None:
-        self.adapter, self.measure_outside = adapter, measure_outside
-        self.final: dict[str, dict[str, float]] = {}
-        self._logged = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.weight_decay:
-            warnings.warn(
-                f"weight_decay is {args.weight_decay}: it pulls the values of splines towards 0, "
-                "not the identity; set it to 0 or leave `lora_spline` out of it",
-                stacklevel=2,
-            )
-        self._count(kwargs["model"])
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Not at the log itself: the last count is still wanted when training ends.
-        if self._logged:
-            self._count(kwargs["model"])
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
-    ) -> None:
-        if logs is None:
-            return
-        summary = self._summary(kw["model"])
-        logs.update(summary)
-        if state.log_history:
-            state.log_history[-1].update(summary)
-        self._logged = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.final = spline_diagnostics(kwargs["model"], self.adapter)
-        state.log_history.append({**self._summary(kwargs["model"]), "step": state.global_step})
-        for own in splines(kwargs["model"], self.adapter).values():
-            own.outside = None
-
-    def _summary(self, model: nn.Module) -> dict[str, float]:
-        layers = list(spline_diagnostics(model, self.adapter).values())
-        summary = {}
-        for key in layers[0]:
-            values = [layer[key] for layer in layers]
-            summary[f"spline/{key}"] = fmean(values)
-            summary[f"spline/{key}_max"] = max(values)
-        summary["spline/regularizer"] = float(spline_regularizer(model, self.adapter))
-        return summary
-
-    def _count(self, model: nn.Module) -> None:
-        for own in splines(model, self.adapter).values():
-            own.outside = OutsideCount() if self.measure_outside else None
-        self._logged = False

@@ -21,7 +21,6 @@ out of it.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -29,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from loralab.adapters.knots import shared_knots
 
 if TYPE_CHECKING:
     from loralab.adapters.spline import LoraSpline
@@ -65,16 +66,6 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-@lru_cache(maxsize=64)
-def _knots(
-    count: int, k_min: float, k_max: float, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """A grid (count,) for all the splines that have it."""
-    from loralab.adapters.spline import knot_positions
-
-    return knot_positions(count, k_min, k_max, device).to(dtype)
-
-
 @torch.no_grad()
 def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _penalised:
@@ -89,7 +80,7 @@ def _add_gradient(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if values.grad is None or id(values) not in trained or spline.reg_weight == 0:
             continue
         grid = (spline.num_knots, spline.k_min, spline.k_max)
-        knots = _knots(*grid, values.device, values.dtype)
+        knots = shared_knots(*grid, values.device, values.dtype)
         if isinstance(values, DTensor):
             # Every process knows the whole grid: nothing to send.
             knots = distribute_tensor(

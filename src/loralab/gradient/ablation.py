@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from loralab.adapters.spline_diagnostics import spline_layers
+from loralab.adapters.spline_watch import SplineDiagnosticsCallback
 from loralab.config import AblationConfig, SftConfig
-from loralab.errors import UserError
 from loralab.gradient.events import OnTrainingEvent, Remark, ignore
 from loralab.gradient.fine_tune import trainable
 from loralab.gradient.judge import Judge
@@ -78,10 +79,12 @@ def _one(config: SftConfig, name: str, seed: int, run: Run) -> dict[str, Any]:
         judge = Judge(model, tokenizer, task, config)
         held_out = rows_of_task(task, "test", tokenizer, settings.max_length).rows
         trained = trainable(model, tokenizer, config, rows, run)
+        watching = SplineDiagnosticsCallback() if spline_layers(trained) else None
+        callbacks = [] if watching is None else [watching]
         cpu, clock = process_time(), perf_counter()
         row: dict[str, Any] = {"variant": name, "seed": seed}
         try:
-            history = train(trained, tokenizer, rows, settings, config.seed)
+            history = train(trained, tokenizer, rows, settings, config.seed, callbacks)
         except NonFiniteError as error:
             return row | {"failed": str(error), "held_out": None}
         row |= {
@@ -95,7 +98,8 @@ def _one(config: SftConfig, name: str, seed: int, run: Run) -> dict[str, Any]:
         rollouts = judge.trained(trained)
         row["held_out"] = fmean(float(bool(r.score.correct)) for r in rollouts)
         row["answered"] = fmean(r.score.parts.get("answered", 1.0) for r in rollouts)
-        row["spline"] = _spline(trained)
+        row["spline"] = None if watching is None else watching.history[-1]
+        row["spline_during"] = [] if watching is None else watching.history
     run.log_completions(
         [
             {
@@ -127,18 +131,6 @@ def mean_loss(model: Any, rows: Sequence[Row]) -> float:
     return total / max(count, 1)
 
 
-def _spline(model: Any) -> dict[str, float] | None:
-    """Means over modules of what the splines became, None without splines."""
-    from loralab.adapters.spline_diagnostics import spline_diagnostics
-
-    try:
-        modules = list(spline_diagnostics(model).values())
-    except UserError:
-        return None
-    keys = [k for k, v in modules[0].items() if v == v] if modules else []
-    return {key: fmean(module[key] for module in modules) for key in keys} or None
-
-
 def table(config: AblationConfig, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over seeds, a row for each variant that has a run."""
     made = []
@@ -157,12 +149,15 @@ def table(config: AblationConfig, rows: Sequence[Mapping[str, Any]]) -> list[dic
                     key: _mean_sd([row[key] for row in good])
                     for key in ("held_out", "answered", "held_out_loss", "loss", "cpu_seconds")
                 },
-                "deviation": _mean_sd(
-                    [row["spline"]["deviation"] for row in good if row.get("spline")]
-                ),
+                **{key: _of_splines(good, key) for key in ("deviation", "outside")},
             }
         )
     return made
+
+
+def _of_splines(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
+    splines = [row["spline"] for row in rows if row.get("spline")]
+    return _mean_sd([spline[key] for spline in splines if key in spline])
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float] | None:
@@ -181,8 +176,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table as it stands in docs; mean ± standard deviation over seeds."""
     lines = [
         "| variant | change | held-out correct | answered | held-out loss | training loss "
-        "| spline moved | processor s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| spline moved | outside grid | processor s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         cells = [
@@ -193,6 +188,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             _cell(row["held_out_loss"], 1, 4, ""),
             _cell(row["loss"], 1, 4, ""),
             _cell(row["deviation"], 1, 4, ""),
+            _cell(row["outside"], 100, 1, " %"),
             _cell(row["cpu_seconds"], 1, 0, ""),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -23,6 +23,7 @@ from loralab.report.chart import (
     title,
 )
 from loralab.report.plots import time_breakdown
+from loralab.report.splines import spline_charts
 from loralab.report.summary import Change, Pair, Tone, median, pair_up, within_noise
 from loralab.report.text import change, number, share
 from loralab.run import Run
@@ -133,6 +134,7 @@ def training_charts(summary: TrainingSummary) -> list[Chart]:
         _held_out(summary.scores),
         single_chart(summary.steps, "grad_norm", "Gradient", "Norm over all trained weights, "
                      "before clipping: growth means divergence.", BLUE),
+        *spline_charts(summary.steps),
         single_chart(summary.steps, "lr", "Learning rate", "As the schedule set it.", FAINT),
         time_breakdown(summary.timings, "step"),
     )  # fmt: skip
