@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fast_models import adapted, assert_close, randomize, results, sample, with_small_update
 from loralab.adapters import LSLoraConfig
+from loralab.adapters.knots import knot_positions
 from loralab.adapters.spline import LoraSpline, OutsideCount
 from loralab.engines.native import build
 from loralab.gradient import fast, spline_curve, spline_function
 from loralab.gradient.native import spline as native
 from loralab.gradient.native.spline import SplineKernel
-from loralab.gradient.spline_curve import Curve
+from loralab.gradient.spline_curve import Curve, Parameters
 
 GRID = {"k_min": -1.5, "k_max": 2.0}
 
@@ -290,11 +291,12 @@ def test_without_a_compiler_it_runs_in_torch_and_says_so_once(
     assert caplog.text.count("no C++ compiler found") == 1
 
 
-def curve(knots: int = 5, gated: bool = False, clamp: bool = False) -> Curve:
+def bent(knots: int = 5, gated: bool = False, clamp: bool = False) -> Parameters:
     torch.manual_seed(knots)
     gate = torch.tensor([0.3]) if gated else None
     scales = torch.tensor([1.3]), torch.tensor([-0.8])
-    return Curve(torch.randn(knots) * 0.5, *scales, gate, -1.5, 2.0, clamp)
+    values = knot_positions(knots, -1.5, 2.0) + torch.randn(knots) * 0.5
+    return Parameters(values, *scales, gate, -1.5, 2.0, clamp)
 
 
 @pytest.fixture(
@@ -318,12 +320,14 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_agrees_with_torch(kernel: SplineKernel, dtype: torch.dtype) -> None:
     for count in (1, 15, 16, 33, 16384, 16384 * 3 + 5):
-        for given in (curve(), curve(12, gated=True), curve(4, clamp=True), curve(64)):
+        for given in (bent(), bent(12, gated=True), bent(4, clamp=True), bent(64)):
             z, gy = torch.randn(count).to(dtype), torch.randn(count).to(dtype)
             assert kernel.takes(z, given)
             ulp = 2**-7 if dtype == torch.bfloat16 else 1e-5
             out = kernel.forward(z.clone(), given)
-            torch.testing.assert_close(out, spline_curve.forward(z, given), atol=1e-5, rtol=ulp)
+            torch.testing.assert_close(
+                out, spline_curve.forward(z, given.curve()), atol=1e-5, rtol=ulp
+            )
             expected = spline_curve.backward(z.double(), gy.double(), double(given))
             gz, gradients = kernel.backward(z.clone(), gy, given)
             torch.testing.assert_close(gz, expected[0].to(dtype), atol=1e-5, rtol=ulp)
@@ -339,12 +343,12 @@ def test_kernel_with_the_product_agrees_with_torch(kernel: SplineKernel, rank: i
     if not kernel.rows:
         pytest.skip("this processor, or this build, has no products of bf16")
     for rows, out in ((1, 32), (4, 64), (7, 96), (128, 32), (300, 192)):
-        for given in (curve(), curve(12, gated=True), curve(4, clamp=True)):
+        for given in (bent(), bent(12, gated=True), bent(4, clamp=True)):
             h, b = torch.randn(rows, rank).bfloat16() / rank**0.5, torch.randn(out, rank).bfloat16()
             gy = torch.randn(rows, out).bfloat16()
             assert kernel.takes_product(h, b)
             z = h.float() @ b.float().t()
-            wanted = spline_curve.forward(z, given)
+            wanted = spline_curve.forward(z, given.curve())
             found = kernel.product_forward(h, b, given)
             torch.testing.assert_close(found.float(), wanted, atol=1e-4, rtol=2**-7)
             expected = spline_curve.backward(z.double(), gy.double(), double(given))
@@ -357,15 +361,15 @@ def test_kernel_with_the_product_agrees_with_torch(kernel: SplineKernel, rank: i
             )
 
 
-def double(given: Curve) -> Curve:
-    return Curve(*(v.double() if isinstance(v, Tensor) else v for v in given))  # type: ignore[arg-type]
+def double(given: Parameters) -> Curve:
+    return Curve(*(v.double() if isinstance(v, Tensor) else v for v in given.curve()))  # type: ignore[arg-type]
 
 
 def test_result_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = native.kernel()
     if kernel is None:
         pytest.skip("no C++ compiler")
-    given, count = curve(), 16384 * 21 + 77
+    given, count = bent(), 16384 * 21 + 77
     z, gy = torch.randn(count), torch.randn(count)
     outcomes: list[tuple[Tensor, ...]] = []
     for threads in (1, 2, 5):
@@ -387,8 +391,8 @@ def test_too_many_pieces_and_other_types_go_to_torch() -> None:
     if kernel is None:
         pytest.skip("no C++ compiler")
     z = torch.randn(8)
-    assert kernel.takes(z, curve(65))
-    assert not kernel.takes(z, curve(66))
-    assert not kernel.takes(z, curve(64, clamp=True))
-    assert not kernel.takes(z.half(), curve())
-    assert not kernel.takes(z.double(), curve())
+    assert kernel.takes(z, bent(65))
+    assert not kernel.takes(z, bent(66))
+    assert not kernel.takes(z, bent(64, clamp=True))
+    assert not kernel.takes(z.half(), bent())
+    assert not kernel.takes(z.double(), bent())

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loralab.adapters.knots import shared_knots
+
 
 class Curve(NamedTuple):
     """A spline's parameters, detached, in fp32 or fp64.
@@ -39,10 +41,45 @@ class Curve(NamedTuple):
     k_max: float
     clamp: bool
 
+
+class Parameters(NamedTuple):
+    """A spline's parameters as the optimiser has them, in any type.
+
+    values: (knots,). input_scale, output_scale, and gate where there is one: one element each.
+    """
+
+    values: Tensor
+    input_scale: Tensor
+    output_scale: Tensor
+    gate: Tensor | None
+    k_min: float
+    k_max: float
+    clamp: bool
+
+    @property
+    def grid(self) -> Tensor:
+        """The values of the identity."""
+        v = self.values
+        return shared_knots(v.shape[0], self.k_min, self.k_max, v.device, v.dtype)
+
     @property
     def pieces(self) -> int:
         """Segments between knots, and the two level ends if clamped."""
-        return self.deviation.shape[0] - 1 + 2 * self.clamp
+        return self.values.shape[0] - 1 + 2 * self.clamp
+
+    def curve(self) -> Curve:
+        """In the precision that PyTorch computes with."""
+        work = torch.promote_types(self.values.dtype, torch.float32)
+        return Curve(
+            # Of the knots as this type can hold them: v = k must deviate by exactly 0.
+            self.values.to(work) - self.grid.to(work),
+            self.input_scale.to(work),
+            self.output_scale.to(work),
+            None if self.gate is None else self.gate.to(work),
+            self.k_min,
+            self.k_max,
+            self.clamp,
+        )
 
 
 class _Lines(NamedTuple):

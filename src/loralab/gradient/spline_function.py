@@ -10,62 +10,38 @@ bf16 products the kernel makes z itself, in registers and fp32.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters.spline import LoraSpline, knot_positions
+from loralab.adapters.spline import LoraSpline
 from loralab.gradient import spline_curve
 from loralab.gradient.lora_function import drop, factor_gradients, in_autocast_type
 from loralab.gradient.native.spline import kernel
 from loralab.gradient.native.switch import wanted
-from loralab.gradient.spline_curve import Curve
+from loralab.gradient.spline_curve import Parameters
 
 
-@cache
-def _grid(
-    count: int, k_min: float, k_max: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The knots as values of this type can hold them: v = k must deviate by exactly 0."""
-    work = torch.promote_types(dtype, torch.float32)
-    return knot_positions(count, k_min, k_max, device).to(dtype).to(work)
-
-
-def _curve(ctx: Any, values: Tensor, i: Tensor, o: Tensor, gate: Tensor | None) -> Curve:
-    k_min, k_max, clamp = ctx.grid
-    grid = _grid(values.shape[0], k_min, k_max, values.dtype, values.device)
-    return Curve(
-        values.to(grid.dtype) - grid,
-        i.to(grid.dtype),
-        o.to(grid.dtype),
-        None if gate is None else gate.to(grid.dtype),
-        k_min,
-        k_max,
-        clamp,
-    )
-
-
-def _bend(h: Tensor, b: Tensor, curve: Curve) -> Tensor:
+def _bend(h: Tensor, b: Tensor, spline: Parameters) -> Tensor:
     """f(h B^T), (tokens, out)."""
     native = kernel() if wanted() else None
-    if native is None or not native.takes(h, curve):
-        return spline_curve.forward(h @ b.t(), curve)
+    if native is None or not native.takes(h, spline):
+        return spline_curve.forward(h @ b.t(), spline.curve())
     if native.takes_product(h, b):
-        return native.product_forward(h, b, curve)
-    return native.forward(h @ b.t(), curve)
+        return native.product_forward(h, b, spline)
+    return native.forward(h @ b.t(), spline)
 
 
-def _bend_gradients(h: Tensor, b: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+def _bend_gradients(h: Tensor, b: Tensor, gy: Tensor, spline: Parameters) -> tuple[Tensor, Tensor]:
     """gz (tokens, out) and the gradients of the spline's parameters, from gy."""
     native = kernel() if wanted() else None
-    if native is None or not native.takes(h, curve):
-        return spline_curve.backward(h @ b.t(), gy, curve)
+    if native is None or not native.takes(h, spline):
+        return spline_curve.backward(h @ b.t(), gy, spline.curve())
     if native.takes_product(h, b):
-        return native.product_backward(h, b, gy, curve)
-    return native.backward(h @ b.t(), gy, curve)
+        return native.product_backward(h, b, gy, spline)
+    return native.backward(h @ b.t(), gy, spline)
 
 
 class LSLoraLinear(torch.autograd.Function):
@@ -95,7 +71,7 @@ class LSLoraLinear(torch.autograd.Function):
         spline = (values, input_scale, output_scale, gate)
         needs_a = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_a else None, mask, weight, a, b, h, *spline)
-        y = _bend(h, b.to(dtype), _curve(ctx, *spline))
+        y = _bend(h, b.to(dtype), Parameters(*spline, *grid))
         if bias is not None:
             y += bias
         return y.addmm_(x, weight.to(dtype).t())
@@ -107,7 +83,7 @@ class LSLoraLinear(torch.autograd.Function):
         saved = ctx.saved_tensors
         b, h, *spline = saved[4:]
         gy = gy.contiguous()
-        gz, of_spline = _bend_gradients(h, b.to(gy.dtype), gy, _curve(ctx, *spline))
+        gz, of_spline = _bend_gradients(h, b.to(gy.dtype), gy, Parameters(*spline, *ctx.grid))
         gx, ga, gb = factor_gradients(ctx, saved[:6], gy, gz)
         parts = of_spline.split_with_sizes([spline[0].shape[0], 1, 1, 1])
         gradients = [

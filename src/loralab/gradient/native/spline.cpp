@@ -90,7 +90,7 @@ inline float sum(vf v) {
 
 // What Python passes: the spline's parameters.
 struct Spline {
-  const float* deviation;  // (knots,) of the values from the identity
+  const float *values, *grid;  // (knots,); grid: the values of the identity
   const float *input_scale, *output_scale, *gate;  // gate may be null
   float k_min, k_max;
   int knots, clamp;
@@ -103,6 +103,8 @@ struct Lines {
   float threshold[MOST], slope[MOST], offset[MOST];
 };
 
+double deviation(const Spline& s, int j) { return (double)s.values[j] - s.grid[j]; }
+
 double knot(const Spline& s, int j) {
   return s.k_min + j * (((double)s.k_max - s.k_min) / (s.knots - 1));
 }
@@ -112,12 +114,12 @@ void piece(const Spline& s, int p, double& level, double& slope) {
   const int segment = p - (s.clamp ? 1 : 0), last = s.knots - 1;
   if (segment < 0 || segment == last) {
     const int j = segment < 0 ? 0 : last;
-    level = knot(s, j) + s.deviation[j], slope = 0;
+    level = knot(s, j) + deviation(s, j), slope = 0;
     return;
   }
   const double width = knot(s, segment + 1) - knot(s, segment);
-  const double lean = ((double)s.deviation[segment + 1] - s.deviation[segment]) / width;
-  level = s.deviation[segment] - lean * knot(s, segment), slope = 1 + lean;
+  const double lean = (deviation(s, segment + 1) - deviation(s, segment)) / width;
+  level = deviation(s, segment) - lean * knot(s, segment), slope = 1 + lean;
 }
 
 Lines lines(const Spline& s) {

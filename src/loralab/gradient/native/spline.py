@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loralab.engines.native.build import NativeUnavailableError, load
 from loralab.gradient.native.parallel import in_parts
-from loralab.gradient.spline_curve import Curve
+from loralab.gradient.spline_curve import Parameters
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ SOURCE = Path(__file__).with_name("spline.cpp")
 
 class _Spline(ctypes.Structure):
     _fields_ = (
-        ("deviation", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("grid", ctypes.c_void_p),
         ("input_scale", ctypes.c_void_p),
         ("output_scale", ctypes.c_void_p),
         ("gate", ctypes.c_void_p),
@@ -61,13 +62,13 @@ class SplineKernel:
         self.most_pieces = int(lib.ll_spline_most())
         self.rows = int(lib.ll_spline_rows())
 
-    def takes(self, z: Tensor, curve: Curve) -> bool:
+    def takes(self, z: Tensor, parameters: Parameters) -> bool:
         """Whether it can run this."""
         return (
             z.device.type == "cpu"
             and z.dtype in (torch.float32, torch.bfloat16)
-            and curve.deviation.dtype == torch.float32
-            and curve.pieces <= self.most_pieces
+            and all(p is None or p.dtype == torch.float32 for p in parameters[:4])
+            and parameters.pieces <= self.most_pieces
         )
 
     def takes_product(self, h: Tensor, b: Tensor) -> bool:
@@ -81,9 +82,9 @@ class SplineKernel:
             and b.is_contiguous()
         )
 
-    def product_forward(self, h: Tensor, b: Tensor, curve: Curve) -> Tensor:
+    def product_forward(self, h: Tensor, b: Tensor, parameters: Parameters) -> Tensor:
         """The output for z = h B^T; h (rows, r), b (out, r), `takes_product`."""
-        spline, (rows, rank), out = _described(curve), h.shape, b.shape[0]
+        spline, (rows, rank), out = _described(parameters), h.shape, b.shape[0]
         y = torch.empty(rows, out, dtype=h.dtype)
         at_h, at_b, at_y = h.data_ptr(), b.data_ptr(), y.data_ptr()
 
@@ -102,13 +103,13 @@ class SplineKernel:
         return y
 
     def product_backward(
-        self, h: Tensor, b: Tensor, gy: Tensor, curve: Curve
+        self, h: Tensor, b: Tensor, gy: Tensor, parameters: Parameters
     ) -> tuple[Tensor, Tensor]:
         """As `backward` for z = h B^T; gy (rows, out) contiguous."""
-        spline, (rows, rank), out = _described(curve), h.shape, b.shape[0]
+        spline, (rows, rank), out = _described(parameters), h.shape, b.shape[0]
         gz = torch.empty_like(gy)
-        blocks, stride = -(-rows // self.rows), 2 * curve.pieces * 8
-        sums = torch.empty(blocks, 2, curve.pieces, dtype=torch.float64)
+        blocks, stride = -(-rows // self.rows), 2 * parameters.pieces * 8
+        sums = torch.empty(blocks, 2, parameters.pieces, dtype=torch.float64)
         at_h, at_b, at_gy, at_gz = h.data_ptr(), b.data_ptr(), gy.data_ptr(), gz.data_ptr()
         at_sums = sums.data_ptr()
 
@@ -126,11 +127,11 @@ class SplineKernel:
             )
 
         in_parts(rows, self.rows, out, part)
-        return gz, self._gradients(spline, sums, curve)
+        return gz, self._gradients(spline, sums, parameters)
 
-    def forward(self, z: Tensor, curve: Curve) -> Tensor:
+    def forward(self, z: Tensor, parameters: Parameters) -> Tensor:
         """z contiguous, overwritten with the output."""
-        spline, at_z = _described(curve), z.data_ptr()
+        spline, at_z = _described(parameters), z.data_ptr()
         width, is_bf16 = z.element_size(), z.dtype == torch.bfloat16
 
         def part(start: int, stop: int) -> None:
@@ -139,12 +140,12 @@ class SplineKernel:
         in_parts(z.numel(), self.block, 1, part)
         return z
 
-    def backward(self, z: Tensor, gy: Tensor, curve: Curve) -> tuple[Tensor, Tensor]:
+    def backward(self, z: Tensor, gy: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """z and gy contiguous, of one type; z is overwritten with its gradient."""
-        spline, at_z, at_gy = _described(curve), z.data_ptr(), gy.data_ptr()
+        spline, at_z, at_gy = _described(parameters), z.data_ptr(), gy.data_ptr()
         width, is_bf16 = z.element_size(), z.dtype == torch.bfloat16
-        blocks, stride = -(-z.numel() // self.block), 2 * curve.pieces * 8
-        sums = torch.empty(blocks, 2, curve.pieces, dtype=torch.float64)
+        blocks, stride = -(-z.numel() // self.block), 2 * parameters.pieces * 8
+        sums = torch.empty(blocks, 2, parameters.pieces, dtype=torch.float64)
         at_sums = sums.data_ptr()
 
         def part(start: int, stop: int) -> None:
@@ -158,10 +159,10 @@ class SplineKernel:
             )
 
         in_parts(z.numel(), self.block, 1, part)
-        return z, self._gradients(spline, sums, curve)
+        return z, self._gradients(spline, sums, parameters)
 
-    def _gradients(self, spline: _Spline, sums: Tensor, curve: Curve) -> Tensor:
-        gradients = torch.empty(curve.deviation.shape[0] + 3)
+    def _gradients(self, spline: _Spline, sums: Tensor, parameters: Parameters) -> Tensor:
+        gradients = torch.empty(parameters.values.shape[0] + 3)
         self.lib.ll_spline_gradients(spline, sums.data_ptr(), sums.shape[0], gradients.data_ptr())
         return gradients
 
@@ -176,15 +177,19 @@ def kernel() -> SplineKernel | None:
         return None
 
 
-def _described(curve: Curve) -> _Spline:
-    """The parameters as the kernel reads them; valid while `curve` lives."""
-    return _Spline(
-        curve.deviation.data_ptr(),
-        curve.input_scale.data_ptr(),
-        curve.output_scale.data_ptr(),
-        None if curve.gate is None else curve.gate.data_ptr(),
-        curve.k_min,
-        curve.k_max,
-        curve.deviation.shape[0],
-        curve.clamp,
+def _described(parameters: Parameters) -> _Spline:
+    """The parameters as the kernel reads them; valid while `parameters` live."""
+    grid = parameters.grid
+    described = _Spline(
+        parameters.values.data_ptr(),
+        grid.data_ptr(),
+        parameters.input_scale.data_ptr(),
+        parameters.output_scale.data_ptr(),
+        None if parameters.gate is None else parameters.gate.data_ptr(),
+        parameters.k_min,
+        parameters.k_max,
+        parameters.values.shape[0],
+        parameters.clamp,
     )
+    described.kept = grid  # a shared tensor, of which a cache may let go
+    return described
