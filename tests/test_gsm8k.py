@@ -106,7 +106,7 @@ def test_what_is_wrong_is_named(folder: Path, tmp_path: Path) -> None:
     (folder / "test.jsonl").unlink()
     with pytest.raises(UserError, match="holds no test file"):
         tasks.get("gsm8k", path=str(folder)).examples("test")
-    with pytest.raises(UserError, match="expected a folder"):
+    with pytest.raises(UserError, match="expected a file, a folder"):
         tasks.get("gsm8k", path="/nowhere").examples("test")
 
 

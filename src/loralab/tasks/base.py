@@ -87,6 +87,15 @@ class Measured(Protocol):
 
 
 @runtime_checkable
+class Optioned(Protocol):
+    """A task whose answer is one of a few words that its prompt may list."""
+
+    def options(self, example: Example) -> Sequence[str]:
+        """The words, as an answer would name them."""
+        ...
+
+
+@runtime_checkable
 class Labelled(Protocol):
     """A task whose examples are texts of a few classes: what a classifier is trained on."""
 

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loralab.tasks.base import Example, Prompt, Score, Split, Task
+from loralab.tasks.base import Example, Optioned, Score, Split, Task
 
 
 @dataclass(frozen=True)
 class Failure:
     """One completion that the task judged otherwise than it must.
 
-    what: "gold", or the kind of non-answer: "empty", "newline", "newlines", "copied prompt".
+    what: "gold", or the kind of non-answer: "empty", "newline", "newlines", "copied prompt",
+        "listed options".
     reason: one line with the score.
     """
 
@@ -45,9 +46,10 @@ class CheckResult:
 def check(task: Task, split: Split, limit: int | None = None) -> CheckResult:
     """Prove on the first `limit` examples (None: all) that the grader tells gold from noise.
 
-    Gold must not be marked wrong, must be worth more than empty text, newlines and the prompt
-    copied back, and must be worth `task.full_marks` where the task names that number. None of the
-    non-answers may be marked correct.
+    Gold must not be marked wrong, must be worth more than empty text, newlines, the prompt copied
+    back and, where the task's answers are a few words, a list of them all, and must be worth
+    `task.full_marks` where the task names that number. None of the non-answers may be marked
+    correct.
     """
     examples = task.examples(split)[:limit]
     without_gold = tuple(e.id for e in examples if task.gold(e) is None)
@@ -66,7 +68,7 @@ def _failures(task: Task, example: Example) -> Iterator[Failure]:
             yield Failure(example.id, "gold", f"not finite: {_show(gold)}")
         if full is not None and not math.isclose(gold.reward, full, abs_tol=1e-9):
             yield Failure(example.id, "gold", f"not the full marks of {full:g}: {_show(gold)}")
-    for what, text in _non_answers(task.prompt(example)).items():
+    for what, text in _non_answers(task, example):
         score = task.score(example, text)
         if score.correct:
             yield Failure(example.id, what, f"marked correct: {_show(score)}")
@@ -76,9 +78,17 @@ def _failures(task: Task, example: Example) -> Iterator[Failure]:
             )
 
 
-def _non_answers(prompt: Prompt) -> dict[str, str]:
+def _non_answers(task: Task, example: Example) -> Iterator[tuple[str, str]]:
+    prompt = task.prompt(example)
     text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
-    return {"empty": "", "newline": "\n", "newlines": "\n" * 256, "copied prompt": text}
+    yield from (("empty", ""), ("newline", "\n"), ("newlines", "\n" * 256))
+    yield "copied prompt", text
+    if isinstance(task, Optioned):
+        options = task.options(example)
+        for between in ("/", ", ", " or ", "\n"):
+            # Both ways round: the last option must not pass for an answer, nor the first.
+            yield "listed options", between.join(options)
+            yield "listed options", between.join(reversed(options))
 
 
 def _show(score: Score) -> str:

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from loralab.data.sources import Row
 from loralab.errors import UserError
 from loralab.tasks.base import Example, Message, Prompt, Score, Split
-from loralab.tasks.splits import cut, rows_of_split, text_field
+from loralab.tasks.splits import cut, draw_shots, rows_of_split, text_field
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ Name = Literal[
 ]
 
 _LONGEST = 20_000
+_MOST_SHOTS = 32
 _ENUMERATED = re.compile(r"[\s/,;|&\-*()\"'`.]*(?:(?:or|and)[\s/,;|&\-*()\"'`.]*)?", re.IGNORECASE)
 _HEADING = re.compile(r"[*\"'`]{0,3}\s?[:)]")
 
@@ -42,9 +43,10 @@ _HEADING = re.compile(r"[*\"'`]{0,3}\s?[:)]")
 class Choice:
     """One of the sets, from a folder of the LLM-Adapters repository (`dataset/`).
 
-    dataset: which set. path: its folder, or the folder that holds it under its name; rows of
-        `instruction`, `output` and `answer`. HellaSwag's own rows (`ctx`, `endings`, `label`) are
-        put into that form.
+    dataset: which set. path: its folder, the folder that holds it under its name, a file, or a hub
+        name, of which the set is a configuration; rows of `instruction`, `output` and `answer`.
+        HellaSwag's own rows (`ctx`, `endings`, `label`) are put into that form.
+    shots: solved training questions in each prompt, the same ones for all (seeded).
     test_share, seed: where a set has only one file, this share of its rows, chosen by the seed, is
         the test split and the others are for training. Scores on it do not compare with published
         ones, and the log says so.
@@ -59,16 +61,20 @@ class Choice:
         *,
         dataset: Name,
         path: str,
+        shots: int = 0,
         test_share: float = 0.5,
         seed: int = 0,
         examples: int | None = None,
     ) -> None:
         if not 0 < test_share < 1:
             raise UserError(f"choice: test_share is {test_share}, expected between 0 and 1")
+        if not 0 <= shots <= _MOST_SHOTS:
+            raise UserError(f"choice: shots is {shots}, expected 0 to {_MOST_SHOTS}")
         if examples is not None and examples < 1:
             raise UserError(f"choice: examples is {examples}, expected 1 or more")
         self.name = f"choice-{dataset}"
         self.path = path
+        self.shots = shots
         self.test_share = test_share
         self.seed = seed
         self.count = examples
@@ -79,8 +85,12 @@ class Choice:
         return self._splits[split][: self.count]
 
     def prompt(self, example: Example) -> Prompt:
-        """The instruction as it stands in the set: question, options, answer format."""
-        return [Message(role="user", content=example.data["instruction"])]
+        """The instruction as it stands in the set: question, options, answer format; behind the
+        shots. An example is never its own shot."""
+        shown = [shot for shot in self._drawn if shot.id != example.id][: self.shots]
+        solved = [f"{shot.data['instruction']}\n\n{shot.data['output']}" for shot in shown]
+        text = "\n\n".join([*solved, example.data["instruction"]])
+        return [Message(role="user", content=text)]
 
     def score(self, example: Example, completion: str) -> Score:
         """1 if the last label in the completion is the right one, else 0."""
@@ -93,18 +103,29 @@ class Choice:
         """The last label, to vote by."""
         return last_label(completion[-_LONGEST:], example.data["labels"])
 
+    def options(self, example: Example) -> Sequence[str]:
+        """The labels of the question."""
+        labels: Sequence[str] = example.data["labels"]
+        return labels
+
     def gold(self, example: Example) -> str | None:
         """As the set writes it: "the correct answer is answer3"."""
         return str(example.data["output"])
+
+    @cached_property
+    def _drawn(self) -> list[Example]:
+        train = self._splits["train"] if self.shots else []
+        return draw_shots(self.name, train, self.shots, self.seed, self.path)
 
     @cached_property
     def _splits(self) -> dict[Split, list[Example]]:
         folder = Path(self.path).expanduser()
         if folder.name != self._set and (folder / self._set).is_dir():
             folder = folder / self._set
+        at = str(folder) if folder.exists() else self.path
         found: dict[Split, list[Row]] = {
-            "train": rows_of_split(str(folder), "train"),
-            "test": rows_of_split(str(folder), "test"),
+            "train": rows_of_split(at, "train", subset=self._set),
+            "test": rows_of_split(at, "test", subset=self._set),
         }
         one = found["train"] or found["test"]
         if not one:

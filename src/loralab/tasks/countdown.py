@@ -15,12 +15,14 @@ import random
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from loralab.data.sources import read_rows
 from loralab.errors import UserError
 from loralab.tasks.base import Example, Message, Prompt, Score, Split
 from loralab.tasks.problems import Problem, generate, problem_from_row, solve
+from loralab.tasks.splits import HUB_NAME, draw_shots, rows_of_split
 
 PromptStyle = Literal["chat", "plain"]
 
@@ -39,15 +41,16 @@ alone inside <answer> </answer> on the next line. For numbers 2, 5, 9 and target
 # The problem solved in the instructions: copying it must never score as an answer.
 _SHOWN = Problem((2, 5, 9), Fraction(35))
 
+_MOST_SHOTS = 32
 _COLUMNS = ("id", "prompt", "context", "numbers", "nums", "target", "solution")
 
 
 class Countdown:
     """The task, on problems made from a seed or read from files.
 
-    path: a .json, .jsonl, .jsonl.gz or .parquet file, or a folder of them; rows hold `numbers`
-        or `nums`, `target`, and maybe `solution` and a ready `prompt` (text or messages) or
-        `context` (text). None generates problems.
+    path: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of them, or a hub name (its train
+        split); rows hold `numbers` or `nums`, `target`, and maybe `solution` and a ready `prompt`
+        (text or messages) or `context` (text). None generates problems.
     test_path: rows of the test split; then `path` gives the training split alone, less the
         problems that the test split holds too.
     examples: how many different problems to use; of a file that holds more, a seeded choice.
@@ -58,6 +61,8 @@ class Countdown:
     prompt_style: "chat" is one user message, "plain" is text ending in "<think>", both with the
         instructions first and the numbers last. None takes a row's own prompt where it has one,
         and "chat" where it has none.
+    shots: solved training problems in each prompt, the same ones for all (seeded); rows' own
+        prompts are not used then. The instructions hold one example as it is.
 
     Raises:
         UserError: an option out of range; later, a file that cannot be used.
@@ -79,6 +84,7 @@ class Countdown:
         max_number: int = 99,
         max_target: int = 100,
         prompt_style: PromptStyle | None = None,
+        shots: int = 0,
     ) -> None:
         if test_path is not None and path is None:
             raise UserError("countdown: test_path needs path, the file of the training split")
@@ -93,7 +99,10 @@ class Countdown:
                 f"countdown: max_number is {max_number}, max_target {max_target}: expected 1 to "
                 "1,000,000 and 1 to 1,000,000,000"
             )
+        if not 0 <= shots <= _MOST_SHOTS:
+            raise UserError(f"countdown: shots is {shots}, expected 0 to {_MOST_SHOTS}")
         self.path = path
+        self.shots = shots
         self.test_path = test_path
         self.count = examples
         self.test_share = test_share
@@ -110,11 +119,11 @@ class Countdown:
     def prompt(self, example: Example) -> Prompt:
         """The instructions and the problem, or the row's own prompt (see `prompt_style`)."""
         own = _own_prompt(example.data, f"countdown example {example.id}")
-        if own is not None and self.prompt_style is None:
+        if own is not None and self.prompt_style is None and not self.shots:
             return own
-        problem = _problem(example)
-        numbers = ", ".join(map(str, problem.numbers))
-        text = f"{INSTRUCTIONS}Numbers: {numbers}\nTarget: {_decimal(problem.target)}\n"
+        shown = [shot for shot in self._drawn if shot.id != example.id][: self.shots]
+        solved = [f"{_posed(shot)}{_THINK}{_solved(shot)}\n\n" for shot in shown]
+        text = f"{INSTRUCTIONS}{''.join(solved)}{_posed(example)}"
         if self.prompt_style == "plain":
             return f"{text}{_THINK}"
         return [Message(role="user", content=text.rstrip())]
@@ -139,20 +148,24 @@ class Countdown:
 
     def gold(self, example: Example) -> str | None:
         """The row's solution, or one found by search, in the right form; None if there is none."""
-        problem = _problem(example)
-        solution = problem.solution
-        if solution is None or not problem.solved_by(solution):
-            solution = solve(problem)
-        if solution is None:
+        solved = _solved(example)
+        if solved is None:
             return None
-        start = "" if self._opens_thought(example) else _THINK
-        result = _decimal(problem.target)
-        return f"{start}{solution} = {result}.{_END_THINK}\n{_ANSWER}{solution}{_END_ANSWER}"
+        return solved if self._opens_thought(example) else f"{_THINK}{solved}"
 
     def _opens_thought(self, example: Example) -> bool:
         prompt = self.prompt(example)
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         return text.rstrip().endswith(_THINK)
+
+    @cached_property
+    def _drawn(self) -> list[Example]:
+        if not self.shots:
+            return []
+        # Enough of them that some are solved, few enough that no search takes long.
+        first = self._splits["train"][: 10 * (self.shots + 1)]
+        known = [example for example in first if _solved(example) is not None]
+        return draw_shots(self.name, known, self.shots, self.seed, self.path)
 
     @cached_property
     def _splits(self) -> dict[Split, list[Example]]:
@@ -188,7 +201,9 @@ class Countdown:
     def _read(self, path: str) -> list[Example]:
         """Different problems of a file, in seeded order, at most `count` of them."""
         unique: dict[Any, Example] = {}
-        for number, row in enumerate(read_rows(path, _COLUMNS)):
+        local = Path(path).expanduser().exists() or not HUB_NAME.fullmatch(path)
+        rows = read_rows(path, _COLUMNS) if local else rows_of_split(path, "train")
+        for number, row in enumerate(rows):
             problem = problem_from_row(row.data, row.place)
             own = _own_prompt(row.data, row.place)
             identity = str(row.data.get("id", number))
@@ -241,6 +256,24 @@ def _example(identity: str, problem: Problem, prompt: Prompt | None = None) -> E
     if prompt is not None:
         data["prompt"] = prompt
     return Example(identity, data)
+
+
+def _posed(example: Example) -> str:
+    problem = _problem(example)
+    numbers = ", ".join(map(str, problem.numbers))
+    return f"Numbers: {numbers}\nTarget: {_decimal(problem.target)}\n"
+
+
+def _solved(example: Example) -> str | None:
+    """What follows the opening tag of a full answer; None if no solution is known or found."""
+    problem = _problem(example)
+    solution = problem.solution
+    if solution is None or not problem.solved_by(solution):
+        solution = solve(problem)
+    if solution is None:
+        return None
+    result = _decimal(problem.target)
+    return f"{solution} = {result}.{_END_THINK}\n{_ANSWER}{solution}{_END_ANSWER}"
 
 
 def _problem(example: Example) -> Problem:

@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from loralab.data.sources import Row
@@ -17,7 +18,8 @@ from loralab.tasks.splits import rows_of_split
 class FewShot(ABC):
     """The examples of a folder or of the hub.
 
-    path: a folder with files named train... and test...; or a hub name. None is the task's own.
+    path: a folder with files named train... and test..., one such file, or a hub name. None is the
+        task's own.
     shots: solved training examples in each prompt, the same ones for all (seeded).
     style: "chat" is one user message, "plain" is text to be continued.
     examples: at most this many of each split, the first ones.
@@ -59,7 +61,7 @@ class FewShot(ABC):
         """Every example of a split, read once."""
         if split not in self._read:
             rows = rows_of_split(self.path, split, subset=self.subset, hub_test=self.hub_test)
-            if not rows:
+            if not rows and not Path(self.path).expanduser().is_file():
                 raise UserError(f"{self.name}: {self.path} holds no {split} file")
             self._read[split] = self.read(split, rows)
         return self._read[split]
@@ -74,11 +76,19 @@ class FewShot(ABC):
 
     def draw(self, train: Sequence[Example], drawn: random.Random) -> list[Example]:
         """Shots for every prompt, and one to spare for the example that is a shot itself."""
-        return drawn.sample(train, min(self.shots + 1, len(train)))
+        return drawn.sample(list(train), min(self.shots + 1, len(train)))
 
     @cached_property
     def _drawn(self) -> list[Example]:
-        return self.draw(self.all("train"), random.Random(self.seed)) if self.shots else []
+        if not self.shots:
+            return []
+        drawn = self.draw(self.all("train"), random.Random(self.seed))
+        if len(drawn) < self.shots:
+            raise UserError(
+                f"{self.name}: shots is {self.shots}, but {self.path} has {len(drawn)} training "
+                "examples to show; give a folder with a train file, or fewer shots"
+            )
+        return drawn
 
     def behind_prompt(self, text: str) -> str:
         """A gold answer as it stands: plain prompts end in "Answer:", with the space to come."""

@@ -1,7 +1,7 @@
 """SST-2: sentences of film reviews, negative or positive (Socher et al. 2013; GLUE's version).
 
 The answer is the class that the completion names; one that names both in a line ("positive or
-negative") answers neither. Metrics are accuracy and F1 of "positive".
+negative"), or lists them line by line, answers neither. Metrics are accuracy and F1 of "positive".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ CLASSES = ("negative", "positive")
 INSTRUCTIONS = "Is the sentiment of this film review positive or negative? Answer with one word."
 
 _NAMED = re.compile(rf"(?<!\w)(?:{'|'.join(CLASSES)})(?!\w)")
+_BARE = re.compile(rf"\W*(?:{'|'.join(CLASSES)})\W*")
 _AGAIN = re.compile(r"\n\s*(?:Review|Sentence):")
 _LONGEST = 20_000
 """Characters of a completion that are read."""
@@ -53,6 +54,15 @@ class Sentiment(FewShot):
         parts = {"answer": float(right), "answered": float(found is not None)}
         return Score(float(right), right, parts)
 
+    def answer(self, example: Example, completion: str) -> str | None:
+        """The class that is named, to vote by."""
+        found = self._predicted(example, completion)
+        return None if found is None else CLASSES[found]
+
+    def options(self, example: Example) -> Sequence[str]:
+        """The two classes."""
+        return CLASSES
+
     def gold(self, example: Example) -> str | None:
         """The name of its class."""
         return self.behind_prompt(CLASSES[self.label(example)])
@@ -75,8 +85,13 @@ class Sentiment(FewShot):
     def _predicted(self, example: Example, completion: str) -> int | None:
         # A copied prompt names classes before the sentence, which may name one itself.
         own = completion[:_LONGEST].rpartition(self.text(example))[2]
-        for line in _AGAIN.split(own, maxsplit=1)[0].lower().splitlines():
+        lines = _AGAIN.split(own, maxsplit=1)[0].lower().split("\n")
+        lines = [line for line in lines if line.strip()]
+        for number, line in enumerate(lines):
             named = set(_NAMED.findall(line))
+            # A class and nothing else, and below it the other: the two are listed.
+            if _BARE.fullmatch(line) and _BARE.fullmatch(next(iter(lines[number + 1 :]), "")):
+                named |= set(_NAMED.findall(lines[number + 1]))
             if named:
                 return CLASSES.index(named.pop()) if len(named) == 1 else None
         return None

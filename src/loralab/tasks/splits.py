@@ -14,7 +14,7 @@ from urllib.request import getproxies
 
 from loralab.data.sources import Row, data_files, read_rows
 from loralab.errors import UserError
-from loralab.tasks.base import Split
+from loralab.tasks.base import Example, Split
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -26,10 +26,11 @@ def rows_of_split(
     limit: int | None = None,
     hub_test: str = "test",
 ) -> list[Row]:
-    """Rows of a split; [] where a local folder has no file of it.
+    """Rows of a split; [] where a local path has no file of it.
 
     path: a folder with files named after their split (train.jsonl.gz, test.json, "val..." counts
-        as test), or a hub name such as "openai/gsm8k", which is downloaded.
+        as test); a file, which is the train split if it is named train..., else the test split; or
+        a hub name such as "openai/gsm8k", which is downloaded.
     subset: the configuration of a hub dataset. limit: of its rows, None for all. hub_test: its
         split that is ours to test on, where "test" is not ("validation").
 
@@ -39,8 +40,13 @@ def rows_of_split(
     local = Path(path).expanduser()
     if not local.exists() and HUB_NAME.fullmatch(path):
         return _from_hub(path, hub_test if split == "test" else split, subset, limit)
+    if local.is_file():
+        own = "train" if local.name.lower().startswith("train") else "test"
+        return read_rows(local) if split == own else []
     if not local.is_dir():
-        raise UserError(f"{path}: expected a folder that holds train and test files, or a hub name")
+        raise UserError(
+            f"{path}: expected a file, a folder that holds train and test files, or a hub name"
+        )
     wanted = ("train",) if split == "train" else ("test", "val", "dev")
     for prefix in wanted:
         files = [file for file in data_files(local) if file.name.lower().startswith(prefix)]
@@ -77,6 +83,25 @@ def _reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def draw_shots(
+    task: str, train: Sequence[Example], shots: int, seed: int, path: str | None
+) -> list[Example]:
+    """Examples for prompts to show: the same for all, and one to spare for the example that is a
+    shot itself.
+
+    Raises:
+        UserError: the train split has fewer.
+    """
+    if not shots:
+        return []
+    if len(train) < shots:
+        raise UserError(
+            f"{task}: shots is {shots}, but {path or 'it'} has {len(train)} training examples to "
+            "show; give a folder with a train file, or fewer shots"
+        )
+    return random.Random(seed).sample(list(train), min(shots + 1, len(train)))
 
 
 def text_field(row: Row, field: str) -> str:
