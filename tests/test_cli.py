@@ -180,10 +180,16 @@ def test_a_damaged_adapter_is_named(model: str, adapter: str, capsys: Any) -> No
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_eval_prints_a_line_or_json(model: str, adapter: str, capsys: Any) -> None:
+def test_eval_prints_a_table_or_json(
+    model: str, adapter: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     common = [model, "--dtype", "float32", "--task", "conciseness", "--max-new-tokens", "4"]
     assert loralab("eval", *common, "--limit", "3") == 0
-    assert capsys.readouterr().out.startswith("conciseness, test, 3 examples: reward ")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:4] for row in rows[1:]] == [
+        ["conciseness", "-", name, "3"] for name in ("reward", "correct")
+    ]
     assert loralab("eval", *common, "--split", "train", "--json", "--adapter", adapter) == 0
     result = json.loads(capsys.readouterr().out)
     rewards = [row["reward"] for row in result["completions"]]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loralab import __version__, data_cli
+from loralab import __version__, data_cli, eval_cli, ranks
 from loralab.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
-_BENCHES = ("population", "inits", "adapters", "sinks")
+_BENCHES = ("population", "inits", "adapters", "sinks", "baselines", "sft", "dpo", "pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,13 +98,18 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
 
     export = add("export", _export, "an adapter in another program's format, and what that loses")
-    export.add_argument("adapter", metavar="ADAPTER", help="PEFT, mlx-lm, .gguf or a tuned model")
-    export.add_argument("--to", required=True, choices=("peft", "mlx", "gguf", "merged"))
+    export.add_argument(
+        "adapter", metavar="ADAPTER", help="PEFT, mlx-lm, .gguf, a tuned model or (llama) a decoder"
+    )
+    export.add_argument("--to", required=True, choices=("peft", "mlx", "gguf", "merged", "llama"))
     export.add_argument("--output", required=True, metavar="PATH", help="must not exist yet")
     export.add_argument("--base", metavar="MODEL", help="smollm2, a directory, .gguf or a hub name")
     export.add_argument("--rank", type=_natural, metavar="R", help="of an SVD, default 16")
     export.add_argument(
         "--approximate", action="store_true", help="a nonlinear adapter as the nearest plain LoRA"
+    )
+    export.add_argument(
+        "--without-sinks", action="store_true", help="a decoder without its cache of fixed size"
     )
 
     report = add("report", _report, "write a run's report.html and figures anew")
@@ -116,12 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--plain", action="store_true", help="continue the text, without a chat")
     _sampling_arguments(generate)
 
-    evaluate = add("eval", _eval, "a task's score of a model")
+    evaluate = add("eval", eval_cli.run, "a task's score of a model, every completion kept")
     _model_arguments(evaluate)
-    evaluate.add_argument("--task", required=True, metavar="NAME")
     _task_arguments(evaluate, "test")
-    evaluate.add_argument("--json", action="store_true", help="everything, completions included")
     _sampling_arguments(evaluate)
+    eval_cli.add(evaluate, _task_options)
 
     weights = add("weights", _weights, "magnitudes of a model's weights, outliers, noise scales")
     _model_arguments(weights, adapter=False)
@@ -149,8 +153,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
-    parser.add_argument("model", metavar="MODEL", help="smollm2, a directory, .gguf or a hub name")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    run = ", or a run's directory" if adapter else ""
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"smollm2, a directory, .gguf or a hub name{run}"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default bfloat16, or a run's own"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     if adapter:
         parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
@@ -214,7 +223,8 @@ def _run(arguments: argparse.Namespace) -> int:
             assert config is not None
             directory = Path(run_dir) if run_dir else pipeline.default_directory(config.name)
             run, result = pipeline.start(config, directory, display)
-    say_end(run, result.complete, console)
+    if run.leads:
+        say_end(run, result.complete, console)
     return 0 if result.complete else STOPPED
 
 
@@ -254,6 +264,7 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.base,
         arguments.rank,
         arguments.approximate,
+        arguments.without_sinks,
     )
     print("\n".join(made.lines))
     return 0
@@ -291,50 +302,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _eval(arguments: argparse.Namespace) -> int:
-    import json
-
-    from loralab import tasks
-    from loralab.config import GenerationConfig
-    from loralab.evaluate import evaluate, open_engine, text_likelihood
-    from loralab.report.text import number, share
-    from loralab.tasks.base import Continuous
-
-    task = tasks.get(arguments.task, **_task_options(arguments))
-    if isinstance(task, Continuous):
-        text = task.whole(arguments.split)
-        model = (arguments.model, arguments.dtype, arguments.device, arguments.adapter)
-        measured = text_likelihood(*model, text, arguments.limit).to_dict()
-        if arguments.json:
-            facts = {"model": arguments.model, "adapter": arguments.adapter, "task": task.name}
-            print(json.dumps({**facts, "split": arguments.split, **measured}))
-        else:
-            named = ", ".join(f"{key} {number(value)}" for key, value in measured.items())
-            print(f"{task.name}, {arguments.split}: {named}")
-        return 0
-    settings = GenerationConfig(
-        max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature
-    )
-    engine, adapter = open_engine(
-        arguments.model, arguments.dtype, arguments.device, arguments.adapter
-    )
-    result = evaluate(
-        engine, task, settings, adapter, arguments.split, arguments.limit, arguments.seed
-    )
-    if arguments.json:
-        print(json.dumps({"model": arguments.model, "adapter": adapter, **result.to_dict()}))
-        return 0
-    correct = "" if result.correct is None else f", correct {share(result.correct)}"
-    failed = f", {result.failed} failed" if result.failed else ""
-    print(
-        f"{task.name}, {result.split}, {len(result.rollouts)} examples: reward "
-        f"{number(result.reward)} ± {number(result.reward_std)}{correct}{failed}"
-    )
-    if result.metrics:
-        print(", ".join(f"{name} {number(value)}" for name, value in result.metrics.items()))
-    return 0
-
-
 def _weights(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
@@ -343,7 +310,7 @@ def _weights(arguments: argparse.Namespace) -> int:
     from loralab.adapters.targets import linear_weights
     from loralab.models.load import load
 
-    model, _ = load(arguments.model, arguments.dtype, arguments.device)
+    model, _ = load(arguments.model, arguments.dtype or "bfloat16", arguments.device)
     report = analyse(linear_weights(model))
     noise = report.perturbation("module", "mean", arguments.fraction)
     if arguments.json:
@@ -443,12 +410,14 @@ def _natural(text: str) -> int:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True)
+    # Of several processes that train one model, the first tells how it goes.
+    return Console(stderr=True, quiet=ranks.rank() > 0)
 
 
 def _fail(message: str) -> int:
     line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    print(f"loralab: {line}", file=sys.stderr)
+    who = f" process {ranks.rank()}:" if ranks.rank() else ""
+    print(f"loralab:{who} {line}", file=sys.stderr)
     return 2
 
 

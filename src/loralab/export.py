@@ -33,7 +33,7 @@ from loralab.durable import write_whole
 from loralab.errors import UserError
 from loralab.models.load import load, locate
 
-FORMATS = ("peft", "mlx", "gguf", "merged")
+FORMATS = ("peft", "mlx", "gguf", "merged", "llama")
 RANK = 16
 """Of an SVD, where none is asked for."""
 
@@ -70,17 +70,20 @@ def export(
     base: str | None = None,
     rank: int | None = None,
     approximate: bool = False,
+    without_sinks: bool = False,
 ) -> Export:
     """Write `source` in the format `to`, and say what changed.
 
     source: a directory of PEFT or of mlx-lm, a GGUF LoRA file, or the directory of a fully
-        fine-tuned model.
-    to: "peft", "mlx", "gguf" or "merged".
+        fine-tuned model. For "llama": the directory of a small decoder, or of the run that
+        trained it.
+    to: "peft", "mlx", "gguf", "merged" or "llama" (a decoder with experts becomes a Mixtral).
     output: a path that does not exist (an empty directory will do); it appears whole.
     base: the model under the adapter, as for `loralab.load`; the name in the adapter's own config
         is not followed. Needed for merging, for GGUF and for whatever is approximated.
     rank: of an SVD (a full fine-tuning, an approximation); default 16.
     approximate: allow what is not the same function: a nonlinear adapter as plain LoRA.
+    without_sinks: let go of a decoder's cache of fixed size, which no Llama has.
 
     Raises:
         UserError: the source is damaged or cannot be expressed in that format.
@@ -90,6 +93,10 @@ def export(
     if rank is not None and rank < 1:
         raise UserError(f"--rank is {rank}; expected 1 or more")
     refuse_existing(output)
+    if to == "llama":
+        return _export_decoder(source, output, base, rank, without_sinks)
+    if without_sinks:
+        raise UserError("--without-sinks: only a decoder has them; it goes with --to llama")
     if to == "gguf":
         refuse_existing(_beside(output))
         if output.suffix != ".gguf":
@@ -109,6 +116,25 @@ def export(
         made.lines += [_facts(kind, state), *reading.notes]
     _write(made, state, to, base)
     return made
+
+
+def _export_decoder(
+    source: Path, output: Path, base: str | None, rank: int | None, without_sinks: bool
+) -> Export:
+    from loralab.models import decoder_export
+
+    for option, value in (("--base", base), ("--rank", rank)):
+        if value is not None:
+            raise UserError(f"{option}: --to llama takes a whole model; leave it out")
+    if output.is_dir():
+        output.rmdir()  # `publish` wants no directory at all, not even an empty one
+    own = source / "model"
+    run = (source / "config.yaml").is_file() and (own / "config.json").is_file()
+    decoder_export.export(own if run else source, output, without_sinks)
+    config = AutoConfig.from_pretrained(output)
+    lost = "its cache of fixed size, with the sinks" if without_sinks else "nothing"
+    kind = config.architectures[0]
+    return Export(output, [f"wrote {output}: a {kind} of Transformers", f"lost: {lost}"])
 
 
 def _kind(source: Path) -> str:

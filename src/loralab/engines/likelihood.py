@@ -7,6 +7,7 @@ there are as many: https://huggingface.co/docs/transformers/perplexity
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +23,26 @@ from loralab.errors import UserError
 @dataclass(frozen=True)
 class Likelihood:
     """nats: the negative log-likelihood of `tokens` tokens, which are `words` words (split at
-    spaces) and `bytes` bytes of UTF-8."""
+    spaces) and `bytes` bytes of UTF-8.
+
+    error: standard error of nats a token, the windows taken as independent; None of one window.
+    """
 
     nats: float
     tokens: int
     words: int
     bytes: int
+    error: float | None = None
 
     @property
     def perplexity(self) -> float:
         """exp of nats a token: compares models of one tokenizer only."""
         return _exp(self.nats / self.tokens)
+
+    @property
+    def perplexity_error(self) -> float | None:
+        """Standard error of the perplexity, to first order."""
+        return None if self.error is None else self.perplexity * self.error
 
     @property
     def word_perplexity(self) -> float:
@@ -43,10 +53,11 @@ class Likelihood:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / self.bytes
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "perplexity": self.perplexity,
+            "perplexity_error": self.perplexity_error,
             "word_perplexity": self.word_perplexity,
             "bits_per_byte": self.bits_per_byte,
             "tokens": self.tokens,
@@ -88,7 +99,8 @@ def likelihood(
     tokens = torch.tensor(ids, device=device)
     targets = {} if adapter is None else build_stacks(model, [adapter])
     routing = None if adapter is None else Routing.of([0], device)
-    total, done = 0.0, 1
+    windows: list[tuple[float, int]] = []
+    done = 1
     was_training = model.training
     model.eval()
     try:
@@ -99,7 +111,7 @@ def likelihood(
                 logits = model(input_ids=window[None], use_cache=False).logits[0]
             new = end - done
             wanted = logits[-new - 1 : -1].float()
-            total += float(cross_entropy(wanted, window[-new:], reduction="sum"))
+            windows.append((float(cross_entropy(wanted, window[-new:], reduction="sum")), new))
             done = end
             if progress is not None:
                 progress(done, len(ids))
@@ -107,7 +119,19 @@ def likelihood(
         model.train(was_training)
     # What the text is in words and bytes, of those tokens that were predicted.
     told = tokenizer.decode(ids[1:], skip_special_tokens=True)
-    return Likelihood(total, len(ids) - 1, max(1, len(told.split())), max(1, len(told.encode())))
+    words, size = max(1, len(told.split())), max(1, len(told.encode()))
+    total = sum(nats for nats, _ in windows)
+    return Likelihood(total, len(ids) - 1, words, size, _error(windows))
+
+
+def _error(windows: Sequence[tuple[float, int]]) -> float | None:
+    """Of nats a token: of a ratio of two sums, over windows (nats, tokens) of unequal length."""
+    if len(windows) < 2:
+        return None
+    tokens = sum(count for _, count in windows)
+    rate = sum(nats for nats, _ in windows) / tokens
+    squares = sum((nats - rate * count) ** 2 for nats, count in windows)
+    return math.sqrt(squares * len(windows) / (len(windows) - 1)) / tokens
 
 
 def _exp(value: float) -> float:

@@ -1,0 +1,284 @@
+"""`loralab bench baselines`: every task's zero- and few-shot score of a model.
+
+A line of the table is what one `loralab eval` measures, and has its run directory, so that what is
+done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from loralab import tasks
+from loralab.bench.table import Cell, Section, Table
+from loralab.bench.timing import machine, versions
+from loralab.config import GenerationConfig
+from loralab.engines.base import Engine
+from loralab.errors import UserError
+from loralab.evaluate import engine_of, evaluate_into, text_likelihood
+from loralab.run import Run
+from loralab.subject import Subject, subject_of
+from loralab.tasks.base import Continuous
+from loralab.tasks.choice import NAMES
+from loralab.tasks.metrics import Estimate
+
+PAGE = Path("docs/bench-baselines.md")
+RUNS = Path("runs/baselines")
+_TEXT_TOKENS = 20_000
+
+
+@dataclass(frozen=True)
+class Line:
+    """A task to measure with each number of shots; None where it takes none.
+
+    folder: of the task's files under the data folder, "" for a task that needs none. limit: of
+    examples, the first ones. tokens: the most of an answer. samples: completions of each example,
+    at temperature 0.8 where there are several. shown: the numbers of the table.
+    """
+
+    task: str
+    folder: str
+    shots: tuple[int | None, ...]
+    limit: int
+    tokens: int
+    shown: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 1
+
+
+def lines() -> list[Line]:
+    """Every task; the eight commonsense sets are a line each."""
+    correct = ("correct",)
+    return [
+        Line("gsm8k", "gsm8k", (0, 5), 100, 200, correct),
+        Line("countdown", "", (0, 3), 100, 160, correct, {"examples": 500}),
+        Line("conciseness", "", (0, 2), 8, 64, ("reward", "correct")),
+        Line("humaneval", "humaneval", (None,), 164, 200, correct),
+        Line("humaneval", "humaneval", (None,), 40, 200, ("pass@1", "pass@5"), samples=5),
+        Line("mbpp", "mbpp", (0, 3), 100, 150, correct),
+        Line("sst2", "sst2", (0, 8), 300, 6, ("accuracy", "f1")),
+        Line("samsum", "samsum", (0, 2), 100, 60, ("rouge1", "rouge2", "rougeL")),
+        *(
+            Line("choice", "commonsense", (0, 3), 100, 16, correct, {"dataset": name})
+            for name in NAMES
+        ),
+        Line("text", "wikitext-2", (None,), _TEXT_TOKENS, 0, ("perplexity",)),
+    ]
+
+
+@dataclass(frozen=True)
+class Options:
+    """data: a folder with a folder for each task's files. limit: examples of each line at most.
+    only: names of tasks, all without any. runs: where completions and scores go."""
+
+    data: Path
+    model: str = "smollm2"
+    device: str = "auto"
+    limit: int | None = None
+    only: tuple[str, ...] = ()
+    runs: Path = RUNS
+
+
+@dataclass(frozen=True)
+class Measured:
+    """scores: by name. seconds: what it took when it was measured."""
+
+    examples: int
+    samples: int
+    scores: Mapping[str, Estimate]
+    seconds: float
+
+
+def run(options: Options) -> Table:
+    """Measure what the run directories do not hold yet; the table.
+
+    Raises:
+        UserError: a task's files are not there, or an unknown task or model.
+    """
+    unknown = sorted(set(options.only) - {line.task for line in lines()})
+    if unknown:
+        known = ", ".join(dict.fromkeys(line.task for line in lines()))
+        raise UserError(f"--only {unknown[0]}: expected some of {known}")
+    chosen = [line for line in lines() if not options.only or line.task in options.only]
+    if options.limit is not None:
+        chosen = [replace(line, limit=min(line.limit, options.limit)) for line in chosen]
+    bench = _Bench(options)
+    rows: list[list[Cell]] = []
+    seconds = 0.0
+    for line in chosen:
+        for shots in line.shots:
+            done = bench.measure(line, shots)
+            seconds += done.seconds
+            rows += _rows(line, shots, done, options)
+    facts = {
+        "model": options.model,
+        "versions": ", ".join(
+            f"{name} {version}" for name, version in versions("loralab", "torch").items()
+        ),
+        "machine": machine(),
+        "date": date.today().isoformat(),
+        "seconds": f"{seconds:.0f} for all lines",
+    }
+    columns = ["task", "shots", "metric", "n", "score ± s.e.", "command"]
+    notes = [
+        "n: examples, the first of the test split, x completions of each (of text: tokens). ± the "
+        "standard error over examples; of F1 over resampled ones. Greedy, but for pass@k, at "
+        "temperature 0.8. HumanEval is a test set without a train split, so it has no shots; "
+        "perplexity has none either."
+    ]
+    section = Section("Zero- and few-shot baselines", "", columns, rows, notes)
+    return Table("Baselines", facts, [section])
+
+
+class _Bench:
+    """Loads the model when the first line needs it."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._subject: Subject = subject_of(options.model, None, None, options.device)
+        self._engine: Engine | None = None
+
+    def measure(self, line: Line, shots: int | None) -> Measured:
+        asked = self._asked(line, shots)
+        path = self._options.runs / str(asked["name"])
+        if (path / "config.yaml").exists():
+            with Run.resume(path, asked) as done:
+                kept = [row for row in done.metrics() if "scores" in row]
+                if kept:
+                    return _measured(kept[-1])
+                done.write("completions.jsonl", "")
+                return self._fill(done, line, shots)
+        with Run.create(path, asked) as new:
+            return self._fill(new, line, shots)
+
+    def _fill(self, run: Run, line: Line, shots: int | None) -> Measured:
+        task = tasks.get(line.task, **_task_options(line, shots, self._options.data))
+        if isinstance(task, Continuous):
+            began = time.perf_counter()
+            found = text_likelihood(self._subject, task.whole("test"), line.limit)
+            score = Estimate(found.perplexity, found.perplexity_error)
+            row = {
+                "examples": found.tokens,
+                "samples": 1,
+                "scores": {"perplexity": score.to_dict()},
+                "seconds": time.perf_counter() - began,
+            }
+            run.log_metrics(row)
+            return _measured(row)
+        if self._engine is None:
+            self._engine, _ = engine_of(self._subject)
+        several = line.samples > 1
+        evaluate_into(
+            run,
+            self._engine,
+            task,
+            GenerationConfig(max_new_tokens=line.tokens, temperature=0.8 if several else 0.0),
+            shots,
+            limit=line.limit,
+            samples=line.samples,
+            k=(1, line.samples) if several else (),
+        )
+        return _measured(run.metrics()[-1])
+
+    def _asked(self, line: Line, shots: int | None) -> dict[str, Any]:
+        few = "" if shots is None else f"-{shots}"
+        many = f"-x{line.samples}" if line.samples > 1 else ""
+        return {
+            "kind": "task-eval",
+            "name": f"{_name(line)}{few}{many}",
+            "model": self._options.model,
+            "task": {"name": line.task, "options": {**line.options, "shots": shots}},
+            "limit": line.limit,
+            "samples": line.samples,
+            "max_new_tokens": line.tokens,
+        }
+
+
+def _name(line: Line) -> str:
+    dataset = line.options.get("dataset")
+    return line.task if dataset is None else f"{line.task}-{dataset}"
+
+
+def _task_options(line: Line, shots: int | None, data: Path) -> dict[str, Any]:
+    options = dict(line.options)
+    if line.folder:
+        options["path"] = str(data / line.folder)
+    return options if shots is None else {**options, "shots": shots}
+
+
+def _measured(row: Mapping[str, Any]) -> Measured:
+    scores = {name: Estimate(**score) for name, score in row["scores"].items()}
+    return Measured(row["examples"], row["samples"], scores, row["seconds"])
+
+
+def _rows(line: Line, shots: int | None, done: Measured, options: Options) -> Iterator[list[Cell]]:
+    count = f"{done.examples:,}" + (f" x {done.samples}" if done.samples > 1 else "")
+    few = "-" if shots is None else str(shots)
+    command = f"`{_command(line, shots, options)}`"
+    for name in line.shown:
+        score = done.scores[name]
+        yield [_name(line), few, name, count, _shown(score), command]
+        command = "the same"
+
+
+def _shown(score: Estimate) -> str:
+    error = "" if score.error is None else f" ± {score.error:.2g}"
+    return f"{score.value:.3g}{error}"
+
+
+def _command(line: Line, shots: int | None, options: Options) -> str:
+    words = ["loralab", "eval", options.model, "--task", line.task]
+    for key, value in _task_options(line, None, Path("DATA")).items():
+        words += ["--option", f"{key}={value}"]
+    if shots is not None:
+        words += ["--shots", str(shots)]
+    words += ["--limit", str(line.limit)]
+    if line.tokens:
+        words += ["--max-new-tokens", str(line.tokens)]
+    if line.samples > 1:
+        words += ["--samples", str(line.samples), "--temperature", "0.8"]
+    return shlex.join(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="loralab bench baselines", description=__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="a folder with gsm8k/, humaneval/ and so on in it")
+    add("--model", help="default smollm2; a run's directory will do")
+    add("--device", help="default auto")
+    add("--limit", type=int, help="examples of each line, at most")
+    add("--only", action="append", metavar="TASK", help="only this task; repeatable")
+    add("--runs", type=Path, help=f"completions and scores, default {RUNS}")
+    add("--out", type=Path, help=f"page to write, default {PAGE}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; 0 when measured, 2 for what the user can mend."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = vars(_parser().parse_args(given))
+    page = arguments.pop("out") or PAGE
+    only = tuple(arguments.pop("only") or ())
+    values = {key: value for key, value in arguments.items() if value is not None}
+    try:
+        table = run(Options(only=only, **values))
+    except UserError as error:
+        print(f"loralab bench: {error}", file=sys.stderr)
+        return 2
+    told = [word if word != str(arguments["data"]) else "DATA" for word in given]
+    command = f"`loralab bench baselines {shlex.join(told)}`"
+    table = replace(table, facts={"command": command, **table.facts})
+    print(table.markdown())
+    table.write(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
