@@ -140,6 +140,11 @@ def test_ways_to_pick() -> None:
     assert picked.pass_at_n == 1
     # 18 pairs of right (.9 .7 .3) and wrong (.1 .2 .8 .1 .3 .3): 6 + 5 + 3 + 2/2 of them.
     assert picked.auc == pytest.approx(15 / 18)
+    # verify is 1, 0, 0; pass@1 a third of each; the difference is of the same examples.
+    over = picked.scores["over_pass_at_1"]
+    assert (over.value, over.error) == (pytest.approx(0), pytest.approx(3**-0.5 / 3**0.5))
+    assert picked.scores["over_majority"].value == pytest.approx(0)
+    assert picked.scores["pass_at_1"].error == pytest.approx(0)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +198,9 @@ def test_a_run_picks_better_than_chance_resumes_and_is_loaded_again(
     before, *steps, after = run.metrics()
     assert 0 < before["pass_at_1"] == after["pass_at_1"] < 0.5
     assert after["verify"] > after["pass_at_1"] + 0.1
+    assert after["over_pass_at_1"] == pytest.approx(after["verify"] - after["pass_at_1"])
+    assert 0 < after["errors"]["over_pass_at_1"] < after["over_pass_at_1"]
+    assert before["verify"] == before["pass_at_1"]
     assert after["verify"] <= after["pass_at_n"]
     assert after["auc"] > 0.8
     assert {"judged_right", "loss"} <= steps[0].keys()

@@ -11,7 +11,7 @@ that of its last token.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from loralab.gradient.dpo import OWNERS, Layout, causal_of, to_device
 from loralab.gradient.loop import History, Watched, arguments, fast_lora, forward_kept, quiet
 from loralab.gradient.loss import labelled_loss
 from loralab.gradient.rows import IGNORED, Row
+from loralab.tasks.metrics import Estimate, mean_of
 
 COLUMNS = ("judged_right",)
 """What a step logs beside the loss: the share of solutions on the right side of a half."""
@@ -233,6 +234,7 @@ def train_verifier(
 
 
 class _Trainer(Watched):
+    mean_over_rows = True
     at: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -259,12 +261,17 @@ class _Trainer(Watched):
             summed = torch.zeros_like(rights).index_add(0, owners, each)
             value = (summed / torch.bincount(owners)).mean()
         side = (values.detach()[lasts] > 0) == rights.bool()
-        self.note(judged_right=float(side.float().mean()))
-        value = value + found.get("lm", 0.0)
+        weight = self.weight(len(rights))
+        self.note(judged_right=weight * float(side.float().mean()))
+        value = value * weight
+        if "lm" in found:  # a mean over tokens, not over solutions
+            value = value + found["lm"] * self.weight(len(values))
         return (value, {}) if return_outputs else value
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Whatever is trained, the head with it; the adapter in its own format comes at the end."""
+        if not self.args.should_save:
+            return
         tensors = {
             name: p.detach().cpu().contiguous()
             for name, p in self.model.named_parameters()
@@ -290,32 +297,52 @@ class Picked:
     first that gives the commonest answer (candidates without an answer do not vote). pass_at_n:
     whether any is right. auc: the chance that a right candidate scores above a wrong one, over
     all examples; None where there are not both.
+
+    over_pass_at_1, over_majority: how much more `verify` is, example by example. scores: all of
+    these but auc by name, with their standard errors over the examples.
     """
 
-    pass_at_1: float
-    verify: float
-    majority: float
-    pass_at_n: float
+    scores: Mapping[str, Estimate]
     auc: float | None
+
+    @property
+    def pass_at_1(self) -> float:
+        return self.scores["pass_at_1"].value
+
+    @property
+    def verify(self) -> float:
+        return self.scores["verify"].value
+
+    @property
+    def majority(self) -> float:
+        return self.scores["majority"].value
+
+    @property
+    def pass_at_n(self) -> float:
+        return self.scores["pass_at_n"].value
 
 
 def pick(candidates: Sequence[Sequence[Solution]], scores: Sequence[Sequence[float]]) -> Picked:
     """Compare ways to pick one of each example's candidates; both are by example."""
-    verify, majority = [], []
+    verify, majority = list[float](), list[float]()
     for group, given in zip(candidates, scores, strict=True):
-        verify.append(group[max(range(len(group)), key=given.__getitem__)].right)
+        verify.append(float(group[max(range(len(group)), key=given.__getitem__)].right))
         votes = Counter(one.answer for one in group if one.answer is not None)
         commonest = votes.most_common(1)[0][0] if votes else None
-        majority.append(next(one.right for one in group if one.answer == commonest or not votes))
+        voted = next(one.right for one in group if one.answer == commonest or not votes)
+        majority.append(float(voted))
+    single = [fmean(one.right for one in group) for group in candidates]
+    by_name = {
+        "verify": verify,
+        "majority": majority,
+        "pass_at_1": single,
+        "pass_at_n": [float(any(one.right for one in group)) for group in candidates],
+        "over_pass_at_1": [v - p for v, p in zip(verify, single, strict=True)],
+        "over_majority": [v - m for v, m in zip(verify, majority, strict=True)],
+    }
     flat = [(score, one.right) for g, s in zip(candidates, scores, strict=True)
             for one, score in zip(g, s, strict=True)]  # fmt: skip
-    return Picked(
-        pass_at_1=fmean(fmean(one.right for one in group) for group in candidates),
-        verify=fmean(verify),
-        majority=fmean(majority),
-        pass_at_n=fmean(any(one.right for one in group) for group in candidates),
-        auc=_auc(flat),
-    )
+    return Picked({name: mean_of(values) for name, values in by_name.items()}, _auc(flat))
 
 
 def _auc(judged: Sequence[tuple[float, bool]]) -> float | None:

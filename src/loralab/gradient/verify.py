@@ -42,6 +42,7 @@ from loralab.gradient.verifier import (
 from loralab.rollouts import plain
 from loralab.run import Run
 from loralab.tasks.base import Example, Task
+from loralab.tasks.metrics import Estimate
 from loralab.timings import Timings
 
 TRAINING, HELD_OUT, SCORES = "solutions.jsonl", "candidates.jsonl", "scores.jsonl"
@@ -58,8 +59,9 @@ def verify(
     """Sample, label and learn as the config says in a run directory, or go on with what is there.
 
     Metrics of an evaluation, all over the same held-out candidates: verify (correct when the
-    verifier picks), majority, pass_at_1, pass_at_n, auc; held_out_reward and held_out_correct are
-    `verify`, and before any training `pass_at_1`: a verifier that knows nothing picks blindly.
+    verifier picks), majority, pass_at_1, pass_at_n, over_pass_at_1, over_majority, auc, and the
+    standard errors of all but the last in `errors`; held_out_reward and held_out_correct are
+    `verify`, which before any training is pass_at_1: a verifier that knows nothing picks blindly.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; `adapter/` holds the weights before it.
@@ -80,7 +82,7 @@ def load_verifier(directory: Path, config: VerifierConfig) -> tuple[Verifier, An
     from loralab.models.load import load
 
     source = str(directory / "model") if config.full else config.model
-    model, tokenizer = load(source, config.dtype, config.device)
+    model, tokenizer = load(source, config.dtype, config.device, config.quantization)
     layout = Layout.of(model, tokenizer, config.training)
     judge: Any = model
     if not config.full:
@@ -109,7 +111,7 @@ def _verify(
     with timings.phase("server_launch"):
         from loralab.models.load import load
 
-        model, tokenizer = load(config.model, config.dtype, config.device)
+        model, tokenizer = load(config.model, config.dtype, config.device, config.quantization)
     with timings.phase("generation"):
         sampler = Sampler(model, tokenizer, task, config)
         sampled, candidates = _sampled(
@@ -134,6 +136,8 @@ def _verify(
     verifier = Verifier(trained, new_head(trained), layout, settings.batch_size)
 
     def chosen(step: int, phase: str) -> dict[str, Any]:
+        if not run.leads:
+            return {}
         # A head of zeros gives every candidate a half: there is nothing to run.
         scores = [[0.5] * len(group) for group in candidates]
         if phase != "before":
@@ -148,6 +152,7 @@ def _verify(
             rows.append({"example": group[0].example, "scores": given})
         if phase == "after":
             run.write(SCORES, "".join(json.dumps(one) + "\n" for one in rows))
+            on_event(Remark(said(picked, config.verifier.candidates)))
         if phase != "during":
             run.log_completions(_shown(task, examples, tokenizer, shown, step, phase, config))
             run.log_metrics({"step": step, "phase": phase, **row})
@@ -202,7 +207,8 @@ def _verify(
     pass_on(history.notes, run, on_event)
     with timings.phase("saving"):
         save_trained(trained, tokenizer, config.model, run)
-        durable.publish(run.path / HEAD.parent, lambda draft: verifier.save(draft / HEAD.name))
+        if run.leads:
+            durable.publish(run.path / HEAD.parent, lambda draft: verifier.save(draft / HEAD.name))
     if history.complete:
         chosen(history.steps, "after")
     on_event(TrainingEnded(history.complete, history.steps))
@@ -234,16 +240,34 @@ def _sampled(
 
 
 def _row(picked: Picked, blind: bool) -> dict[str, Any]:
-    score = picked.pass_at_1 if blind else picked.verify
+    scores = dict(picked.scores)
+    if blind:
+        # It picks any candidate: what that is worth on average is known without drawing one.
+        zero = Estimate(0.0, None)
+        scores |= {"verify": scores["pass_at_1"], "over_pass_at_1": zero}
+        del scores["over_majority"]
     return {
-        "held_out_reward": score,
-        "held_out_correct": score,
-        "verify": picked.verify,
-        "majority": picked.majority,
-        "pass_at_1": picked.pass_at_1,
-        "pass_at_n": picked.pass_at_n,
+        "held_out_reward": scores["verify"].value,
+        "held_out_correct": scores["verify"].value,
+        **{name: score.value for name, score in scores.items()},
         "auc": picked.auc,
+        "errors": {name: score.error for name, score in scores.items()},
     }
+
+
+def said(picked: Picked, candidates: int) -> str:
+    """The ways to pick side by side, each with its standard error over the examples."""
+
+    def shown(name: str, sign: str = "") -> str:
+        score = picked.scores[name]
+        error = "" if score.error is None else f" ± {score.error:.3f}"
+        return f"{score.value:{sign}.3f}{error}"
+
+    return (
+        f"verify@{candidates} {shown('verify')}, majority {shown('majority')}, pass@1 "
+        f"{shown('pass_at_1')}, any of {candidates} {shown('pass_at_n')}; verify is "
+        f"{shown('over_pass_at_1', '+')} over pass@1, {shown('over_majority', '+')} over majority"
+    )
 
 
 def _text(tokenizer: Any, one: Solution) -> str:
