@@ -13,7 +13,7 @@ import tiny
 from loralab import cli
 from loralab.bench import adapters
 from loralab.bench.adapters import FAST_LORA, FLOOR, ROWS, Entrant, Options
-from loralab.bench.timing import Lap, Timed
+from loralab.bench.timing import Lap, Timed, ratio, seconds
 from loralab.errors import UserError
 
 
@@ -81,8 +81,8 @@ def test_ratio_pairs_rounds_and_takes_processor_time() -> None:
     def timed(*cpu: float) -> Timed:
         return Timed(tuple(Lap(0.0, 9.0 * seconds, seconds, 8) for seconds in cpu))
 
-    assert adapters.ratio(timed(2, 40, 6), timed(1, 10, 4)) == 2
-    assert adapters.seconds(timed(1, 5, 2)) == 18
+    assert ratio(timed(2, 40, 6), timed(1, 10, 4)) == 2
+    assert seconds(timed(1, 5, 2)) == 18
 
 
 @pytest.mark.parametrize(("tokens", "shape"), [(24, (1, 24)), (256, (1, 256)), (600, (3, 200))])

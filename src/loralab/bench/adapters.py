@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -30,7 +29,17 @@ from torch import Tensor
 from loralab.adapters.sine import SineLoraConfig
 from loralab.adapters.spline import LSLoraConfig
 from loralab.bench.table import Cell, Section, Table
-from loralab.bench.timing import Lap, Timed, machine, peak_rss_gb, pin, take_turns, versions
+from loralab.bench.timing import (
+    Lap,
+    Timed,
+    machine,
+    peak_rss_gb,
+    pin,
+    ratio,
+    seconds,
+    take_turns,
+    versions,
+)
 from loralab.errors import UserError
 from loralab.gradient import fast
 from loralab.models.load import load
@@ -206,17 +215,6 @@ def run(options: Options, base: Any = None, say: Say = lambda _: None) -> Table:
         },
     }
     return Table("Adapters benchmark", facts, [_section(timed, losses, peaks)], data)
-
-
-def seconds(timed: Timed) -> float:
-    """Median seconds of a step, by the clock."""
-    return median(lap.run for lap in timed.laps)
-
-
-def ratio(timed: Timed, reference: Timed) -> float:
-    """Median over the rounds of processor time by the reference's in the same round."""
-    pairs = zip(timed.laps, reference.laps, strict=True)
-    return median(lap.cpu / other.cpu for lap, other in pairs)
 
 
 def peak_of(name: str, options: Options, base: Any = None) -> float:

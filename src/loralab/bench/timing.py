@@ -89,6 +89,17 @@ def take_turns(
     return {name: Timed(tuple(done)) for name, done in laps.items()}
 
 
+def seconds(timed: Timed) -> float:
+    """Median seconds of a lap, by the clock."""
+    return median(lap.run for lap in timed.laps)
+
+
+def ratio(timed: Timed, reference: Timed) -> float:
+    """Median over the rounds of processor time by the reference's in the same round."""
+    pairs = zip(timed.laps, reference.laps, strict=True)
+    return median(lap.cpu / other.cpu for lap, other in pairs)
+
+
 def peak_rss_gb() -> float:
     """Highest resident memory of this process so far, in GB (10^9 bytes).
 

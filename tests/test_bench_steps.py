@@ -1,0 +1,337 @@
+"""Step benchmarks on tiny models: every way trains, on the same rows, and is counted right."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny
+from loralab import cli
+from loralab.bench import curves, dpo, own_steps, plain_loops, pretrain, sft, step_page, trl_peers
+from loralab.bench.floor import Gemm, least, lora_flops
+from loralab.bench.gate import Gate, NoMoreLaps, Seen
+from loralab.bench.nano_gpt import NanoGPT
+from loralab.bench.timing import Lap, Timed
+from loralab.bench.work import Work, write_rows
+from loralab.bench.workers import Race, StepLap, Way, Worker, chosen, same_rows
+from loralab.errors import UserError
+from loralab.gradient.collate import as_row, flatten, pad
+from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
+
+ROWS, BATCH = 9, 3
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    tiny.model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("decoder")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = DecoderConfig(
+        vocab_size=tiny.VOCABULARY, num_hidden_layers=2, max_position_embeddings=32, **shape
+    )
+    DecoderForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def ids(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    found: list[int] = torch.randint(4, tiny.VOCABULARY, (count,), generator=generator).tolist()
+    return found
+
+
+def instructions() -> list[dict[str, list[int]]]:
+    """Rows of different lengths, of which the last three to seven tokens are learned."""
+    rows = []
+    for i in range(ROWS):
+        tokens = ids(8 + 3 * i, i)
+        prompt = len(tokens) - 3 - i % 5
+        labels = [-100] * prompt + tokens[prompt:]
+        rows.append({"input_ids": tokens, "labels": labels, "seq_lengths": [len(tokens)]})
+    return rows
+
+
+def pairs() -> list[dict[str, list[int]]]:
+    return [
+        {
+            "prompt_ids": ids(4 + i, i),
+            "chosen_ids": ids(3 + i % 4, 50 + i),
+            "rejected_ids": ids(5 - i % 3, 90 + i),
+        }
+        for i in range(ROWS)
+    ]
+
+
+def stories(borders: bool) -> list[dict[str, list[int]]]:
+    """Rows of one length; with borders, of two documents each."""
+    lengths = [10, 14] if borders else [24]
+    rows = [ids(24, i) for i in range(ROWS)]
+    return [{"input_ids": r, "labels": r, "seq_lengths": lengths} for r in rows]
+
+
+def work_on(folder: Path, model: str, records: Sequence[Any]) -> Work:
+    rows = write_rows(folder / "rows.json", records)
+    return Work(model, "float32", rows, steps=4, batch_size=BATCH, max_length=64, rank=4, lr=1e-2)
+
+
+def drive(run: Callable[[Work, Gate], None], work: Work) -> list[dict[str, Any]]:
+    """Laps of one and of two steps, the second after a step that nobody measures."""
+    said: list[dict[str, Any]] = []
+    orders = iter([{"warm": 0, "steps": 1}, {"warm": 1, "steps": 2}])
+    with pytest.raises(NoMoreLaps):
+        run(work, Gate(orders, said.append))
+    assert said[0]["ready"]
+    return said[1:]
+
+
+def counted(work: Work, tokens: Callable[[Any], int]) -> list[int]:
+    """Tokens of the two laps of `drive`."""
+    batches = work.batches()
+    steps = [sum(tokens(record) for record in next(batches)) for _ in range(4)]
+    return [steps[0], steps[2] + steps[3]]
+
+
+FINE_TUNING = {
+    "trl": trl_peers.sft,
+    "trl-labelled": trl_peers.sft_labelled,
+    "peft": plain_loops.peft,
+    "loralab": own_steps.sft,
+    "loralab-padded": own_steps.sft_padded,
+    "loralab-native": own_steps.sft_native,
+}
+
+
+def test_ways_to_fine_tune_see_the_same_rows_and_learn_alike(tmp_path: Path, llama: str) -> None:
+    work = work_on(tmp_path, llama, instructions())
+    assert set(FINE_TUNING) <= set(sft.WAYS)
+    said = {name: drive(run, work) for name, run in FINE_TUNING.items()}
+    for name, laps in said.items():
+        assert [lap["tokens"] for lap in laps] == counted(work, lambda r: len(r["input_ids"])), name
+        learned = counted(work, lambda r: sum(label != -100 for label in r["labels"]))
+        assert [lap["learned"] for lap in laps] == learned, name
+        assert [lap["checksum"] for lap in laps] == [lap["checksum"] for lap in said["trl"]], name
+        for own, theirs in zip(laps, said["trl"], strict=True):
+            assert own["losses"] == pytest.approx(theirs["losses"], abs=2e-5), name
+    losses = [loss for lap in said["trl"] for loss in lap["losses"]]
+    assert len(losses) == 3
+    assert max(losses) - min(losses) > 1e-2  # it trains
+
+
+def test_ways_of_preference_optimisation_agree(tmp_path: Path, llama: str) -> None:
+    work = work_on(tmp_path, llama, pairs())
+    ways = {
+        "trl": trl_peers.dpo,
+        "trl-labelled": trl_peers.dpo_labelled,
+        "loralab": own_steps.dpo,
+        "loralab-native": own_steps.dpo_native,
+    }
+    assert set(ways) == set(dpo.WAYS)
+    said = {name: drive(run, work) for name, run in ways.items()}
+
+    def tokens(pair: Mapping[str, Any]) -> int:
+        return sum(2 * len(pair["prompt_ids"]) if "prompt" in k else len(pair[k]) for k in pair)
+
+    for name, laps in said.items():
+        assert [lap["tokens"] for lap in laps] == counted(work, tokens), name
+        assert [lap["checksum"] for lap in laps] == [lap["checksum"] for lap in said["trl"]], name
+        assert laps[0]["losses"] == pytest.approx([math.log(2)], abs=1e-6), name
+        assert laps[1]["losses"] == pytest.approx(said["trl"][1]["losses"], abs=2e-5), name
+    assert abs(said["trl"][1]["losses"][1] - math.log(2)) > 1e-2
+
+
+@pytest.mark.parametrize("borders", [False, True])
+def test_ways_to_pretrain_see_the_same_rows(tmp_path: Path, decoder: str, borders: bool) -> None:
+    work = work_on(tmp_path, decoder, stories(borders))
+    ways = {
+        "llama": plain_loops.llama,
+        "nano": plain_loops.nano,
+        "loralab": own_steps.pretrain,
+        "loralab-native": own_steps.pretrain_native,
+    }
+    assert set(ways) == set(pretrain.WAYS)
+    said = {name: drive(run, work) for name, run in ways.items()}
+    for name, laps in said.items():
+        assert [lap["tokens"] for lap in laps] == [BATCH * 24, 2 * BATCH * 24], name
+        learned = 22 if borders else 23
+        assert [lap["learned"] for lap in laps] == [BATCH * learned, 2 * BATCH * learned], name
+        assert [lap["checksum"] for lap in laps] == [lap["checksum"] for lap in said["nano"]], name
+        if name != "nano" and not borders:
+            losses = said["llama"][1]["losses"]
+            assert laps[1]["losses"] == pytest.approx(losses, abs=2e-5), name
+
+
+def test_a_batch_is_counted_alike_however_it_lies() -> None:
+    rows = [as_row(record) for record in instructions()[:4]]
+    padded, flat = Seen.of(pad(rows, tiny.PAD)), Seen.of(flatten(rows))
+    assert padded == flat
+    assert padded.tokens == sum(len(row.input_ids) for row in rows)
+    assert padded.learned == sum(row.learned for row in rows)
+    assert Seen.of(flatten(rows[::-1])) == flat
+    other = as_row({**instructions()[3], "input_ids": ids(17, 5)})
+    assert Seen.of(flatten([*rows[:3], other])).checksum != flat.checksum
+
+
+def test_a_gate_measures_the_steps_of_a_lap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("loralab.bench.gate.time.perf_counter", lambda: now[0])
+    said: list[dict[str, Any]] = []
+    orders: Iterator[dict[str, int]] = iter([{"warm": 2, "steps": 3}, {"warm": 0, "steps": 1}])
+    gate = Gate(orders, said.append)
+    gate.open()
+    rows = [as_row(record) for record in instructions()]
+    gate.watch(flatten(rows[:1]))  # a loader may be a batch ahead
+    for step in range(6):
+        gate.watch(flatten(rows[step + 1 : step + 2]))
+        now[0] += 2.0**step
+        with nullcontext() if step < 5 else pytest.raises(NoMoreLaps):
+            gate.step(float(step))
+    assert [(lap["run"], lap["losses"]) for lap in said[1:]] == [
+        (4.0 + 8.0 + 16.0, [2.0, 3.0, 4.0]),
+        (32.0, [5.0]),
+    ]
+    assert [lap["tokens"] for lap in said[1:]] == [14 + 17 + 20, 23]
+
+
+def test_a_worker_trains_in_a_process_of_its_own(tmp_path: Path, llama: str) -> None:
+    work = work_on(tmp_path, llama, instructions())
+    worker = Worker(Way("PEFT", "loralab.bench.plain_loops:peft"), work)
+    try:
+        first, second = worker.lap(0, 1), worker.lap(1, 2)
+    finally:
+        worker.close()
+    here = drive(plain_loops.peft, work)
+    assert [first.tokens, second.tokens] == [lap["tokens"] for lap in here]
+    assert second.losses == pytest.approx(here[1]["losses"], abs=1e-6)
+    assert 0.1 < first.peak_gb <= second.peak_gb < 5
+    with pytest.raises(UserError, match="no such file"):
+        Worker(Way("", "loralab.bench.plain_loops:peft"), replace(work, model="./not/there"))
+    with pytest.raises(RuntimeError, match=r"it ended: .*no_such"):
+        Worker(Way("", "loralab.bench.plain_loops:no_such"), work)
+
+
+def lap_of(**values: Any) -> StepLap:
+    given = {"load": 0.0, "run": 2.0, "cpu": 1.0, "tokens": 100, "learned": 40, "checksum": 7}
+    return StepLap(**{**given, "losses": (3.0,), "peak_gb": 1.0, **values})
+
+
+def test_other_rows_are_found_out() -> None:
+    same_rows({"a": (lap_of(), lap_of()), "b": (lap_of(run=9.0), lap_of())})
+    for change in ({"tokens": 101}, {"learned": 41}, {"checksum": 8}):
+        with pytest.raises(RuntimeError, match="b trained on other rows than a"):
+            same_rows({"a": (lap_of(), lap_of()), "b": (lap_of(), lap_of(**change))})
+
+
+def test_floor_counts_what_autograd_runs() -> None:
+    model = tiny.model("llama").requires_grad_(False)
+    work = Work("", "float32", "", 1, rank=4)
+    lengths = [11, 11]
+    expected = lora_flops(model, 4, lengths, sum(lengths))
+    peft_model = get_peft_model(model, work.lora())
+    peft_model.enable_input_require_grads()
+    peft_model.set_attn_implementation("eager")
+    tokens = torch.randint(4, 60, (2, 11))
+    with FlopCounterMode(display=False) as counter:
+        peft_model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    unseen = 12 * 64 * 2 * sum(n * n - n * (n + 1) / 2 for n in lengths)  # what causality hides
+    assert counter.get_total_flops() == expected + unseen
+
+
+def test_floor_in_words() -> None:
+    gemm = Timed((Lap(0.0, 2.0, 2.0, 10**12), Lap(0.0, 1.0, 1.0, 10**12), Lap(0.0, 4.0, 4.0, 1)))
+    section = least(gemm, 1e9, {"ours": 250.0})
+    assert "500 GFLOP/s" in section.intro
+    assert "500 tokens/s" in section.intro
+    assert "ours: 50% of it" in section.intro
+    weight = torch.empty(8, 4)
+    lap = Gemm(weight, 6, torch.float32, seconds=0.001).lap()
+    assert lap.tokens > 0
+    assert lap.tokens % (2 * 6 * 8 * 4) == 0
+
+
+def test_nano_gpt_predicts_from_what_came_before_alone(decoder: str) -> None:
+    config = DecoderConfig.from_pretrained(decoder)
+    torch.manual_seed(0)
+    model = NanoGPT(config)
+    tokens = torch.randint(4, 60, (1, 12))
+    targets = torch.full((1, 12), -100)
+    targets[0, 4] = 9
+    changed = tokens.clone()
+    changed[0, 5:] = 3
+    assert model(tokens, targets) == model(changed, targets)
+    changed[0, 4] = 3
+    assert model(tokens, targets) != model(changed, targets)
+
+
+def test_page_has_ratios_of_speed_and_memory() -> None:
+    timed = {
+        "trl": Timed((lap_of(cpu=8.0), lap_of(cpu=40.0), lap_of(cpu=6.0))),
+        "loralab": Timed((lap_of(cpu=2.0), lap_of(cpu=4.0), lap_of(cpu=2.0, run=0.5))),
+    }
+    race = Race(timed, {"trl": 4.0, "loralab": 1.0}, {"loralab-native": "no compiler"})
+    section = step_page.speed(race, sft.WAYS, {"trl": "TRL", "trl-labelled": "TRL patched"})
+    assert section.columns[3:6] == ["x TRL", "peak GB", "of TRL's"]
+    assert section.rows[1][:2] == ["loralab, plain PyTorch", 50.0]
+    assert section.rows[1][3:6] == ["4.00", "1.00", "0.25"]
+    assert any("loralab, native kernels: skipped, no compiler." in note for note in section.notes)
+
+
+def test_curves_are_compared_with_the_reference_in_float32() -> None:
+    found = curves.Curves(
+        {
+            "float32": {"trl": (3.0, 2.0), "loralab": (3.0, 2.25)},
+            "bfloat16": {"trl": (3.5, 2.0), "loralab": (3.0, 1.875)},
+        }
+    )
+    assert found.apart("loralab", "float32", "trl") == 0.25
+    assert found.apart("trl", "bfloat16", "trl") == 0.5
+    rows = curves.section(found, sft.WAYS, "trl").rows
+    assert [row[-1] for row in rows] == [None, "0.25", "0.5", "0.12"]
+
+
+def test_command_line_writes_the_page(
+    llama: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def race(ways: Mapping[str, Way], work: Work, *_: Any) -> Race:
+        assert work.steps == 1
+        assert len(work.records()) == 4
+        timed = {name: Timed((lap_of(),)) for name in ways}
+        gemm = Timed((Lap(0.0, 1.0, 1.0, 10**9),))
+        return Race({**timed, sft.GEMM: gemm}, dict.fromkeys(ways, 1.0), {})
+
+    monkeypatch.setattr(sft, "pin", lambda core: core)
+    monkeypatch.setattr(step_page, "race", race)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"aa bb {i}", "answer": f"cc dd {i}\n#### {i}"} for i in range(5)]
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--quick", "--model", llama, "--data", ".", "--examples", "4", "--json", "raw.json"]
+    assert cli.main(["bench", "sft", *given, "--ways", "trl", "loralab"]) == 0
+    page = capsys.readouterr().out
+    assert "| TRL SFTTrainer and PEFT |" in page
+    assert "## The floor" in page
+    raw = json.loads(Path("raw.json").read_text())
+    assert list(raw["ways"]) == ["trl", "loralab"]
+    assert raw["command"].startswith("`loralab bench sft --quick")
+    assert not Path("docs").exists()
+
+
+def test_unknown_way() -> None:
+    with pytest.raises(UserError, match="way 'unsloth' is unknown"):
+        chosen(["unsloth"], sft.WAYS)
