@@ -30,6 +30,8 @@ from loralab.config.evolve import (
 )
 from loralab.config.explain import explained, shown
 from loralab.config.grpo import GrpoConfig
+from loralab.config.measure import EvalConfig, MeasureConfig, ModelConfig
+from loralab.config.pipeline import PipelineConfig
 from loralab.config.pretrain import PretrainConfig
 from loralab.config.sections import (
     AdapterConfig,
@@ -57,14 +59,18 @@ __all__ = [
     "DistillConfig",
     "DpoConfig",
     "EngineConfig",
+    "EvalConfig",
     "EvaluationConfig",
     "EvolutionConfig",
     "EvolveConfig",
     "GenerationConfig",
     "GrpoConfig",
     "InitConfig",
+    "MeasureConfig",
+    "ModelConfig",
     "Noise",
     "OptimizerConfig",
+    "PipelineConfig",
     "PretrainConfig",
     "ScaleConfig",
     "ScheduleConfig",
@@ -78,6 +84,7 @@ __all__ = [
     "load",
     "parse",
     "parse_evolve",
+    "read",
     "resolve",
     "shipped",
 ]
@@ -93,14 +100,18 @@ AnyConfig = (
     | Seq2SeqConfig
     | VerifierConfig
     | DistillConfig
+    | EvalConfig
+    | PipelineConfig
 )
 KINDS: Mapping[str, type[AnyConfig]] = {
     "ablation": AblationConfig,
     "classify": ClassifyConfig,
     "distill": DistillConfig,
     "dpo": DpoConfig,
+    "eval": EvalConfig,
     "evolve": EvolveConfig,
     "grpo": GrpoConfig,
+    "pipeline": PipelineConfig,
     "pretrain": PretrainConfig,
     "seq2seq": Seq2SeqConfig,
     "sft": SftConfig,
@@ -139,6 +150,14 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
     Override values are YAML (`8`, `1e-4`, `true`, `null`, `[q_proj, v_proj]`, text). Raises
     UserError.
     """
+    values = read(name_or_path)
+    path = resolve(name_or_path)
+    overridden = [_override(values, text) for text in overrides]
+    return parse(values, str(path), overridden)
+
+
+def read(name_or_path: str | Path) -> dict[str, Any]:
+    """The values of a config by path or shipped name, not yet checked. Raises UserError."""
     path = resolve(name_or_path)
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -148,8 +167,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyConfig:
         raise UserError(f"{path}: is not UTF-8 text at byte {error.start}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {shown(values)}; expected a mapping with a `kind`")
-    overridden = [_override(values, text) for text in overrides]
-    return parse(values, str(path), overridden)
+    return values
 
 
 def parse(values: Mapping[str, Any], source: str, overridden: Sequence[str] = ()) -> AnyConfig:
