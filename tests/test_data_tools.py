@@ -202,7 +202,7 @@ def test_contamination_counts_thirteen_words_in_a_row() -> None:
     assert found.overlaps[1].words == " ".join(words[3:16])
     assert [o.train for o in found.rows] == ["c"]
     with pytest.raises(
-        UserError, match=r"1 rows that task sums .* first at c \(its example test-9"
+        UserError, match=r"1 rows that sums evaluates on .* first at c \(example test-9"
     ):
         found.refuse_rows()
     contamination([twelve, thirteen], {"sums": held}).refuse_rows()

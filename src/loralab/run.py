@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +103,20 @@ class Run:
             UserError: there is no run at `path`.
         """
         return cls(Path(path), _read_config(Path(path)), lock=None)
+
+    @classmethod
+    def beside(cls, path: str | Path) -> Run:
+        """A run that another process of the same launch writes: what is given to it goes nowhere.
+
+        Raises:
+            UserError: there is no run at `path`; the processes have to see the same files.
+        """
+        return _Beside(Path(path), _read_config(Path(path)), lock=None)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run; others may train beside it."""
+        return True
 
     @property
     def journal_path(self) -> Path:
@@ -220,6 +235,34 @@ class Run:
         resumptions = known.get("resumed_on", [])
         if changed and changed not in resumptions:
             self.note(resumed_on=[*resumptions, changed])
+
+
+class _Beside(Run):
+    """Reads what the leading process writes, and writes nothing but its own timings, for itself."""
+
+    def __init__(self, path: Path, config: dict[str, Any], lock: int | None) -> None:
+        super().__init__(path, config, lock)
+        self._scratch = Path(tempfile.mkdtemp(prefix="loralab-"))
+
+    @property
+    def leads(self) -> bool:
+        return False
+
+    @property
+    def timings_path(self) -> Path:
+        return self._scratch / "timings.json"
+
+    def rewind(self, generation: int) -> None:
+        pass
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        return self.path / name
+
+    def close(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _append(self, name: str, rows: list[Mapping[str, Any]]) -> None:
+        pass
 
 
 def _lock(path: Path) -> int:

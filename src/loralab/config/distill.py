@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from loralab.config.sections import CommonConfig, GenerationConfig, Positive, Section, TaskConfig
+from loralab.config.training import ContaminationConfig
 
 
 class EndpointConfig(Section):
@@ -41,6 +42,7 @@ class DistillConfig(CommonConfig):
     examples: Positive | None = None
     samples: Positive = 4
     min_reward: float | None = None
+    contamination: ContaminationConfig = ContaminationConfig()
     batch: Positive = 64
     generation: GenerationConfig = GenerationConfig(max_new_tokens=256, temperature=0.8)
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from loralab.config.sections import Section
-from loralab.config.training import GradientConfig
+from loralab.config.training import CausalConfig
 
 
 class PreferenceDataConfig(Section):
@@ -41,7 +41,7 @@ class PreferenceConfig(Section):
     texts: int = Field(default=4, ge=0)
 
 
-class DpoConfig(GradientConfig):
+class DpoConfig(CausalConfig):
     """Direct preference optimisation: make chosen answers likelier than rejected ones.
 
     `evaluation.limit` counts held-out pairs.

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from loralab.config.sections import Positive, Section, TaskConfig
-from loralab.config.training import GradientConfig
+from loralab.config.training import CausalConfig
 
 
 class PolicyConfig(Section):
@@ -34,7 +34,7 @@ class PolicyConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
 
 
-class GrpoConfig(GradientConfig):
+class GrpoConfig(CausalConfig):
     """Group-relative policy optimisation of a task's reward.
 
     A step samples `training.batch_size` prompts, `grpo.group` completions each.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from loralab.config.sections import CommonConfig, GenerationConfig, Positive, Section
-from loralab.config.training import TrainingConfig
+from loralab.config.training import ContaminationConfig, TrainingConfig
 
 
 class DecoderShape(Section):
@@ -75,6 +75,9 @@ class PretrainConfig(CommonConfig):
 
     `dtype: bfloat16` keeps the weights in float32 and runs products in bf16 (AMP).
 
+    contamination: of sources of pairs, against what they hold out and the tasks it names; plain
+    text is not looked at.
+
     Rows are training.max_length tokens. With `training.packing` documents are laid end to end and
     cut into rows, else each row holds one document, or a part of a long one. Either way no
     document sees another.
@@ -85,6 +88,7 @@ class PretrainConfig(CommonConfig):
     decoder: DecoderShape = DecoderShape()
     tokenizer: TokenizerConfig = TokenizerConfig()
     corpus: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
+    contamination: ContaminationConfig = ContaminationConfig()
     training: TrainingConfig
     evaluation: HeldOutConfig = HeldOutConfig()
     generation: GenerationConfig = GenerationConfig(max_new_tokens=128, temperature=0.8, top_k=40)

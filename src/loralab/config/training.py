@@ -106,23 +106,48 @@ class GradientConfig(CommonConfig):
         return self
 
 
-class SftConfig(GradientConfig):
+class CausalConfig(GradientConfig):
+    """What the kinds say that train a causal language model.
+
+    quantization: the base's weights in 4 or 8 bits, by bitsandbytes, under an adapter that is not
+    (QLoRA, arXiv:2305.14314); null leaves them as they are. The reference of a preference or a
+    policy is then the quantised base.
+    """
+
+    quantization: Literal["nf4", "int8"] | None = None
+
+    @model_validator(mode="after")
+    def _trainable(self) -> CausalConfig:
+        if self.full and self.quantization is not None:
+            raise ValueError("no quantization with full: true, quantised weights cannot be trained")
+        return self
+
+
+class ContaminationConfig(Section):
+    """Training rows that hold a row which is evaluated on, by 13 words in a row (`data check`).
+
+    action: what is done with a training row that most of an evaluated row stands in. "error" names
+    it and stops before training, "drop" leaves it out and says how many, "off" does not look.
+    against: tasks beside the run's own whose test rows must not be learned either.
+    """
+
+    action: Literal["error", "drop", "off"] = "error"
+    against: Annotated[tuple[TaskConfig, ...], Field(strict=False)] = ()
+
+
+class SftConfig(CausalConfig):
     """Supervised fine-tuning: learn a task's gold answers, or completions from a file.
 
-    Either `task` or `data` gives the rows. quantization: the base's weights in 4 or 8 bits, by
-    bitsandbytes, under an adapter that is not (QLoRA, arXiv:2305.14314); null leaves them as they
-    are.
+    Either `task` or `data` gives the rows.
     """
 
     kind: Literal["sft"]
     task: TaskConfig | None = None
     data: DataConfig | None = None
-    quantization: Literal["nf4", "int8"] | None = None
+    contamination: ContaminationConfig = ContaminationConfig()
 
     @model_validator(mode="after")
     def _one_source(self) -> SftConfig:
         if (self.task is None) == (self.data is None):
             raise ValueError("either task or data, which say what to learn")
-        if self.full and self.quantization is not None:
-            raise ValueError("no quantization with full: true, quantised weights cannot be trained")
         return self

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from loralab.config.sections import Positive, Section, TaskConfig
-from loralab.config.training import GradientConfig
+from loralab.config.training import CausalConfig
 
 
 class SolutionsConfig(Section):
@@ -37,7 +37,7 @@ class HeadConfig(Section):
     candidates: int = Field(default=8, ge=2)
 
 
-class VerifierConfig(GradientConfig):
+class VerifierConfig(CausalConfig):
     """A model that says how likely a solution is right (Cobbe et al. 2021, arXiv:2110.14168).
 
     `evaluation.limit` counts held-out examples, `verifier.candidates` the solutions of each.

@@ -68,9 +68,10 @@ class Contamination:
             return
         first = self.rows[0]
         raise UserError(
-            f"{len(self.rows)} rows that task {first.task} evaluates on are in the training data, "
-            f"the first at {first.train} (its example {first.example}): a score would measure "
-            "memory; train on other rows, or split them before"
+            f"contamination: {len(self.rows)} rows that {first.task} evaluates on are in the "
+            f"training data, the first at {first.train} (example {first.example}): a score would "
+            "measure memory; contamination.action=drop leaves such rows out, "
+            "contamination.action=off trains on them all the same, `loralab data check` lists them"
         )
 
     def to_dict(self) -> dict[str, Any]:

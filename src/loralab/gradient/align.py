@@ -76,12 +76,12 @@ def _align(
     with timings.phase("server_launch"):
         from loralab.models.load import load
 
-        model, tokenizer = load(config.model, config.dtype, config.device)
+        model, tokenizer = load(config.model, config.dtype, config.device, config.quantization)
         parsed = data.pairs("train")
         prepared = prepare_pairs(parsed.pairs, tokenizer, settings.max_length)
         tested = data.pairs(config.evaluation.split).pairs[: config.evaluation.limit]
         held_out = prepare_pairs(tested, tokenizer, settings.max_length).rows
-        judge = Judge(model, tokenizer, data, config, limit=config.dpo.texts)
+        judge = Judge(model, tokenizer, data, config, limit=config.dpo.texts if run.leads else 0)
     if not prepared.rows:
         raise UserError(f"{config.data.path}: no pair is left to train on: {_left_out(parsed)}")
     run.note(
@@ -98,7 +98,7 @@ def _align(
     done = 0 if resume_from is None else step_of(resume_from)
     rewind(run, done)
     answers = Answers(run, judge, timings, on_event)
-    untouched = not any(row.get("phase") == "before" for row in run.metrics())
+    untouched = run.leads and not any(row.get("phase") == "before" for row in run.metrics())
     texts = judge.base() if untouched else []
 
     rows = [row for pair in prepared.rows for row in (pair.chosen, pair.rejected)]
@@ -144,7 +144,7 @@ def _align(
     pass_on(history.notes, run, on_event)
     with timings.phase("saving"):
         save_trained(trained, tokenizer, config.model, run)
-    if history.complete:
+    if history.complete and run.leads:
         after = measured()
         answers.take(history.steps, "after", lambda p: judge.trained(trained, p), after)
     on_event(TrainingEnded(history.complete, history.steps))

@@ -43,7 +43,7 @@ class Answers:
 
     def before(self) -> dict[str, Any]:
         """Of the base, unless a run that was stopped has them already."""
-        if any(row.get("phase") == "before" for row in self._run.metrics()):
+        if self._run.leads and any(row.get("phase") == "before" for row in self._run.metrics()):
             return {}
         return self.take(0, "before", self._judge.base)
 
@@ -63,6 +63,8 @@ class Answers:
 
         measured: held-out scores that do not come from the answers, in their place.
         """
+        if not self._run.leads:
+            return {}
         with self._timings.phase("evaluation"):
             rollouts = ask(lambda done, of: self._on_event(Answering(done, of)))
         own = metrics_of(self._judge.batch.task, rollouts)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loralab.config.pretrain import SourceConfig
+from loralab.data.documents import Document as Text
 from loralab.data.sources import SUFFIXES, Row, read_rows
 from loralab.errors import UserError
 from loralab.tasks.base import Split
+from loralab.tasks.documents import LEAST_ANSWER
 from loralab.tasks.splits import HUB_NAME, rows_of_split, text_field
 
 
@@ -56,6 +58,16 @@ def read_corpus(configs: Sequence[SourceConfig]) -> list[Source]:
             raise UserError(f"{source.config.path}: no document is left to train on")
         sources.append(Source(source.config, kept, source.test, len(source.train) - len(kept)))
     return sources
+
+
+def texts_of_pairs(documents: Sequence[Document]) -> list[Text]:
+    """Prompts and solutions as the texts of a contamination check, short solutions apart."""
+    found = []
+    for document in documents:
+        found.append(Text(document.place, document.prompt or ""))
+        if len(document.text.split()) >= LEAST_ANSWER:
+            found.append(Text(document.place, document.text))
+    return found
 
 
 def _read_source(config: SourceConfig) -> Source:

@@ -15,13 +15,16 @@ from typing import Any
 
 from loralab import tasks
 from loralab.config.distill import DistillConfig
+from loralab.data.documents import Document
 from loralab.durable import append_line
 from loralab.engines.base import Completion, Engine
 from loralab.errors import UserError
+from loralab.gradient.contamination import contaminated
 from loralab.gradient.events import Answering, OnTrainingEvent, Remark, ignore
-from loralab.rollouts import Batch, Rollout
+from loralab.rollouts import Batch, Rollout, plain
 from loralab.run import Run
 from loralab.tasks.base import Example, Task
+from loralab.tasks.documents import documents
 from loralab.timings import Timings
 
 ROWS = "distilled.jsonl"
@@ -67,6 +70,11 @@ def _distill(
     examples = tuple(task.examples(config.split)[: config.examples])
     if not examples:
         raise UserError(f"task {task.name}: the {config.split} split has no examples")
+    with timings.phase("data"):
+        leaked = _leaked(config, task, examples, on_event)
+    examples = tuple(example for example in examples if example.id not in leaked)
+    if not examples:
+        raise UserError(f"contamination: every {config.split} example of {task.name} was left out")
     with timings.phase("server_launch"):
         teacher, adapter = _teacher(config)
     run.note(kernel=getattr(teacher, "kernel", "unknown"))
@@ -109,6 +117,17 @@ def _distill(
             "teacher"
         )
     return Distilled(True, totals["kept"])
+
+
+def _leaked(
+    config: DistillConfig, task: Task, examples: Sequence[Example], on_event: OnTrainingEvent
+) -> frozenset[str]:
+    """Examples whose prompt is one of the task's test split, which a student must not learn."""
+    if config.contamination.action == "off":
+        return frozenset()
+    asked = [Document(example.id, plain(task.prompt(example))) for example in examples]
+    own = {task.name: documents(task, "test")}
+    return contaminated(asked, own, config.contamination, on_event)
 
 
 def _teacher(config: DistillConfig) -> tuple[Engine, str | None]:

@@ -293,6 +293,7 @@ def train_pairs(
 
 
 class _Trainer(Watched):
+    mean_over_rows = True
     preferences: PreferenceConfig
     reference: Reference
 
@@ -316,11 +317,13 @@ class _Trainer(Watched):
         if smoothing:
             value = (1 - smoothing) * value - smoothing * logsigmoid(-margins).mean()
         chosen, rejected = rewards.detach().mean(dim=0).tolist()
+        weight = self.weight(len(margins))
+        value = value * weight
         self.note(
-            margin=chosen - rejected,
-            accuracy=Preference(tuple(margins.detach().tolist())).accuracy,
-            chosen_reward=chosen,
-            rejected_reward=rejected,
+            margin=weight * (chosen - rejected),
+            accuracy=weight * Preference(tuple(margins.detach().tolist())).accuracy,
+            chosen_reward=weight * chosen,
+            rejected_reward=weight * rejected,
         )
         return (value, {}) if return_outputs else value
 

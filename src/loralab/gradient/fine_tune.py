@@ -12,6 +12,7 @@ from loralab.config import InitConfig, SftConfig
 from loralab.config.training import GradientConfig
 from loralab.errors import UserError
 from loralab.gradient.answers import Answers
+from loralab.gradient.contamination import contaminated_examples
 from loralab.gradient.diary import Diary
 from loralab.gradient.events import (
     OnTrainingEvent,
@@ -71,13 +72,20 @@ def _fine_tune(
         torch.set_num_threads(config.threads)
     settings = config.training
     task = task_of(config)
+    with timings.phase("data"):
+        leaked = contaminated_examples(task, config.contamination, on_event)
     with timings.phase("server_launch"):
         from loralab.models.load import load
 
         model, tokenizer = load(config.model, config.dtype, config.device, config.quantization)
-        prepared = rows_of_task(task, "train", tokenizer, settings.max_length)
-        judge = Judge(model, tokenizer, task, config)
-    run.note(kernel=judge.kernel, rows=len(prepared.rows), rows_cut=prepared.cut)
+        prepared = rows_of_task(task, "train", tokenizer, settings.max_length, leaked)
+        judge = Judge(model, tokenizer, task, config, limit=None if run.leads else 0)
+    run.note(
+        kernel=judge.kernel,
+        rows=len(prepared.rows),
+        rows_cut=prepared.cut,
+        rows_contaminated=len(leaked),
+    )
     if prepared.cut:
         on_event(Remark(_cut_remark(prepared, settings.max_length)))
 

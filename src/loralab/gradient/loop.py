@@ -24,14 +24,16 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from loralab import durable
+from loralab import durable, ranks
 from loralab.adapters.inits.progressive import callback_for
 from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient.collate import token_count
+from loralab.gradient.shares import BLANK, shared_loader
 
 
 class NonFiniteError(UserError):
@@ -138,6 +140,7 @@ def arguments(
             disable_tqdm=True,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
+            ddp_broadcast_buffers=False,
             **length,
             **more,
         )
@@ -149,8 +152,14 @@ class Watched(Trainer):  # type: ignore[misc]
     """A Trainer that stops at a number that is not finite and logs each step in full.
 
     An adapter whose scaling is to rise from 0 (`progressive`) has it rise here.
+
+    Of several processes each takes its share of every batch (`shares`), and what is logged is of
+    all. mean_over_rows: the loss is a mean over a batch's rows, not over its labels; then
+    `compute_loss` multiplies its own by `weight`. blank: this process has none of the batch's rows.
     """
 
+    mean_over_rows = False
+    blank = False
     tokens_here = 0
     seconds_here = 0.0
 
@@ -170,14 +179,41 @@ class Watched(Trainer):  # type: ignore[misc]
                 # Also where it broke off: what is saved then has the strength it was trained with.
                 self._rise.schedule.finish(self.model)
 
+    def get_train_dataloader(self) -> Any:
+        rank, world = ranks.rank(), ranks.world()
+        if world == 1:
+            return super().get_train_dataloader()
+        loader = shared_loader(
+            self.train_dataset,
+            self._get_train_sampler(),
+            self.args.per_device_train_batch_size,
+            self.data_collator,
+            self.accelerator.device,
+            rank,
+            world,
+            mask=not self.mean_over_rows,
+        )
+        if rank:
+            # After the order of rows is fixed, which is the same for all: dropout is not.
+            torch.manual_seed(self.args.seed + rank)
+        return loader
+
+    def weight(self, rows: int) -> float:
+        """What a mean over this process's rows counts in the update; 1 alone."""
+        return ranks.share(0 if self.blank else rows)
+
     def note(self, **values: float) -> None:
-        """Numbers for the step's line of the log; the mean over the calls in one step."""
+        """Numbers for the step's line of the log; the mean over the calls in one step, and over
+        the processes."""
         for name, value in values.items():
             self._noted.setdefault(name, []).append(value)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        value: Tensor = super().training_step(*args, **kwargs)
-        self._check("the loss", float(value))
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        self.blank = bool(inputs.pop(BLANK, False))
+        value: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._check("the loss", ranks.worst(float(value)))
         return value
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -190,7 +226,8 @@ class Watched(Trainer):  # type: ignore[misc]
             raise NonFiniteError(self.state.global_step + 1, what, value)
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Any]) -> None:
-        count = token_count(inputs)
+        [total] = ranks.summed([0 if self.blank else token_count(inputs)])
+        count = int(total)
         self.tokens_here += count
         self.state.num_input_tokens_seen += count
 
@@ -203,7 +240,8 @@ class Watched(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs["seconds"] = now - self._step_began
             self.seconds_here += logs["seconds"]
-            logs |= {name: fmean(values) for name, values in self._noted.items()}
+            means = ranks.summed([fmean(values) for values in self._noted.values()])
+            logs |= {n: m / ranks.world() for n, m in zip(self._noted, means, strict=True)}
             self._noted.clear()
         super().log(logs, start_time)
 
@@ -213,6 +251,8 @@ class Watched(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The model alone: no pickled arguments, and no question to the hub about embeddings."""
+        if not self.args.should_save:
+            return
         folder = output_dir or self.args.output_dir
         peft = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
         self.model.save_pretrained(folder, state_dict=state_dict, **peft)
@@ -222,13 +262,20 @@ class Watched(Trainer):  # type: ignore[misc]
         place = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         draft = place / f"{durable.TEMPORARY_PREFIX}checkpoint"
+        leads = self.args.should_save
         with durable.explain_os_errors(place):
-            shutil.rmtree(draft, ignore_errors=True)
+            if leads:
+                shutil.rmtree(draft, ignore_errors=True)
+            ranks.wait()
             self.args.output_dir = str(draft)
             try:
+                # Each process adds the state of its random numbers.
                 Trainer._save_checkpoint(self, model, trial)
             finally:
                 self.args.output_dir = str(place)
+            ranks.wait()
+            if not leads:
+                return
             for file in (draft / name).rglob("*"):
                 if file.is_file():
                     durable.sync_file(file)
@@ -292,17 +339,19 @@ def precision_kept(model: Any) -> Iterator[None]:
 
 @contextmanager
 def fast_lora(model: Any) -> Iterator[tuple[str, ...]]:
-    """Fused LoRA products while it trains, and what to say of layers that cannot have them.
+    """Fused LoRA products and native layers while it trains, and what to say of those left out.
 
     A model that was patched before stays so.
     """
     from loralab.gradient import fast
+    from loralab.gradient.layers import fused_layers
 
     before = fast.report(model).taken
     fast.patch(model)
     now = fast.report(model)
     try:
-        yield (str(now),) if now.left else ()
+        with fused_layers(model) as layers:
+            yield ((str(now),) if now.left else ()) + layers.notes
     finally:
         if not before:
             fast.unpatch(model)

@@ -18,11 +18,13 @@ def save_trained(model: Any, tokenizer: Any, base: str, run: Run) -> Path:
     """Write the adapter in PEFT's format to `adapter/`, or a model trained whole to `model/`.
 
     An adapter whose start was taken out of the base's weights is written relative to the true
-    base, at twice the rank.
+    base, at twice the rank. Only the process that leads the run writes.
 
     Raises:
         UserError: the disk refused; the files before are untouched.
     """
+    if not run.leads:
+        return run.adapter
     if not hasattr(model, "peft_config"):
 
         def write_model(folder: Path) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +21,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from loralab import durable
+from loralab import durable, ranks
 from loralab.config.pretrain import PretrainConfig
 from loralab.errors import UserError
 from loralab.gradient.collate import as_row, flatten, pad
-from loralab.gradient.corpus import read_corpus
+from loralab.gradient.contamination import contaminated
+from loralab.gradient.corpus import Source, read_corpus, texts_of_pairs
 from loralab.gradient.diary import Diary
 from loralab.gradient.events import (
     Evaluated,
@@ -101,10 +102,14 @@ def _pretrain(
     settings = config.training
     shape_of(config, vocab_size=config.tokenizer.vocab_size)  # before anything is written
     with timings.phase("data"):
-        sources = read_corpus(config.corpus)
+        sources = _without_leaks(read_corpus(config.corpus), config, on_event)
+        if not run.leads:
+            ranks.wait()  # for the tokenizer of the process that leads
         tokenizer = tokenizer_of(
             config, run.path / "tokenizer", (d.whole for s in sources for d in s.train)
         )
+        if run.leads:
+            ranks.wait()
         length, packed = settings.max_length, settings.packing
         parts = [
             rows_of(s, shuffled(s.train, config.seed), tokenizer, length, packed) for s in sources
@@ -162,6 +167,24 @@ def _pretrain(
         probe.line(history.steps, "after")
     on_event(TrainingEnded(history.complete, history.steps))
     return Pretrained(history.complete, history.steps, history.losses)
+
+
+def _without_leaks(
+    sources: Sequence[Source], config: PretrainConfig, on_event: OnTrainingEvent
+) -> list[Source]:
+    """The sources, those of pairs without rows that are evaluated on."""
+    kept = []
+    for source in sources:
+        if source.config.format == "pairs":
+            held = {"its held-out rows": texts_of_pairs(source.test)}
+            learned = texts_of_pairs(source.train)
+            leaked = contaminated(learned, held, config.contamination, on_event)
+            train = tuple(d for d in source.train if d.place not in leaked)
+            if not train:
+                raise UserError(f"{source.config.path}: contamination leaves no document to learn")
+            source = replace(source, train=train)
+        kept.append(source)
+    return kept
 
 
 def tokenizer_of(config: PretrainConfig, folder: Path, texts: Iterable[str]) -> Any:
@@ -297,6 +320,8 @@ class _Probe:
 
     def line(self, step: int, phase: str) -> None:
         """Evaluate, and write a line of metrics of its own."""
+        if not self._run.leads:
+            return
         scores = self.scores(step, phase)
         tokens = max((row.get("tokens", 0) for row in self._run.metrics()), default=0)
         self._run.log_metrics({"step": step, "phase": phase, "tokens": tokens, **scores})

@@ -72,7 +72,7 @@ def _reinforce(
     with timings.phase("server_launch"):
         from loralab.models.load import load
 
-        model, tokenizer = load(config.model, config.dtype, config.device)
+        model, tokenizer = load(config.model, config.dtype, config.device, config.quantization)
         live = LiveEngine(model, tokenizer, config)
         judge = Judge(model, tokenizer, task, config, engine=live)
     source = _Source(config, task, tokenizer, live, run, timings)

@@ -7,7 +7,7 @@ many tokenizers padding and end are one token, and masking by id unlearns stoppi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,12 @@ class Prepared:
         return sum(row.learned for row in self.rows)
 
 
-def rows_of_task(task: Task, split: Split, tokenizer: Any, max_length: int) -> Prepared:
+def rows_of_task(
+    task: Task, split: Split, tokenizer: Any, max_length: int, without: Container[str] = ()
+) -> Prepared:
     """A row for each example of a split that has a gold answer.
+
+    without: ids of examples that are left out.
 
     Raises:
         UserError: no example has one, or a row has nothing to learn (says which).
@@ -69,7 +73,7 @@ def rows_of_task(task: Task, split: Split, tokenizer: Any, max_length: int) -> P
     pairs = [
         (task.prompt(example), gold, f"{task.name} {split} example {example.id}")
         for example in task.examples(split)
-        if (gold := task.gold(example)) is not None
+        if example.id not in without and (gold := task.gold(example)) is not None
     ]
     if not pairs:
         raise UserError(f"task {task.name}: no example of the {split} split has a gold answer")

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from loralab import ranks
 from loralab.adapters.state import AdapterState
 from loralab.config import GenerationConfig
 from loralab.config.verifier import VerifierConfig
@@ -84,11 +85,13 @@ def answer_of(task: Task, example: Example, text: str) -> str | None:
 
 
 def stored(run: Run, name: str, make: Callable[[], list[list[Solution]]]) -> list[list[Solution]]:
-    """The solutions in a file of the run, made and written there if it is not."""
+    """The solutions in a file of the run, made and written there if it is not; processes beside
+    the one that leads wait for it."""
     path = run.path / name
-    if not path.exists():
+    if run.leads and not path.exists():
         groups = make()
         run.write(name, "".join(json.dumps(_record(one)) + "\n" for g in groups for one in g))
+    ranks.wait()
     groups = []
     for line in path.read_text(encoding="utf-8").splitlines():
         one = _solution(json.loads(line))

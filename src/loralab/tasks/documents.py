@@ -6,7 +6,7 @@ from loralab.data.check import GRAM
 from loralab.data.documents import Document
 from loralab.tasks.base import Split, Task
 
-_LEAST_ANSWER = 2 * GRAM
+LEAST_ANSWER = 2 * GRAM
 """Shorter answers are alike by chance: `return sorted(set(values))`, "the answer is 4"."""
 
 
@@ -17,6 +17,6 @@ def documents(task: Task, split: Split) -> list[Document]:
         prompt, gold = task.prompt(example), task.gold(example)
         asked = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
         found.append(Document(example.id, asked))
-        if gold is not None and len(gold.split()) >= _LEAST_ANSWER:
+        if gold is not None and len(gold.split()) >= LEAST_ANSWER:
             found.append(Document(example.id, gold))
     return found
