@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loralab import config as configs
+from loralab import ranks
 from loralab.config import (
     AnyConfig,
 )
@@ -41,6 +42,8 @@ TRAINERS: Mapping[str, tuple[str, str | None]] = {
 }
 """What runs a kind of config, imported when it does, and what a signal waits for the end of."""
 WITHOUT_REPORT = {"distill", "ablation"}
+TOGETHER = ("sft", "pretrain", "dpo", "verifier", "classify", "seq2seq")
+"""Kinds that several processes can train together, as `accelerate launch` starts them."""
 
 
 class Result(Protocol):
@@ -69,11 +72,12 @@ def start(config: AnyConfig, directory: Path, on_event: OnEvent) -> tuple[Run, R
             removed again, so that the mended command can be repeated as it is.
     """
     existed = directory.exists()
-    run = Run.create(directory, config.to_dict())
+    _join(config)
+    run = _led(lambda: Run.create(directory, config.to_dict()))
     try:
         return run, _finish(config, run, on_event)
     except UserError:
-        if not run.journal_path.exists() and not run.metrics():
+        if run.leads and not run.journal_path.exists() and not run.metrics():
             _discard(run, existed)
         raise
     finally:
@@ -86,20 +90,58 @@ def resume(directory: Path, config: AnyConfig | None, on_event: OnEvent) -> tupl
     Raises:
         UserError: there is no such run, its config differs, or something the user can mend.
     """
-    run = Run.resume(directory, None if config is None else config.to_dict())
+    if ranks.world() > 1:
+        _join(configs.parse(Run.open(directory).config, str(directory / "config.yaml")))
+    run = _led(lambda: Run.resume(directory, None if config is None else config.to_dict()))
     with run:
         stored = configs.parse(run.config, str(directory / "config.yaml"))
         return run, _finish(stored, run, on_event)
 
 
+def _join(config: AnyConfig) -> None:
+    """Meet the processes that were launched beside this one, if there are any."""
+    world = ranks.world()
+    if world == 1:
+        return
+    if config.kind not in TOGETHER:
+        raise UserError(
+            f"kind: {config.kind} runs in one process, not in {world}: start it without accelerate "
+            f"launch (several processes train {', '.join(TOGETHER)})"
+        )
+    from loralab.models.load import pick_device
+
+    ranks.join(on_cpu=pick_device(config.device).type == "cpu")
+
+
+def _led(open_run: Callable[[], Run]) -> Run:
+    """The run as this process opens it, or beside process 0, which tells where it is."""
+    if ranks.rank():
+        path = ranks.told()
+        if not path:
+            raise UserError("process 0 could not open the run")
+        return Run.beside(path)
+    try:
+        run = open_run()
+    except BaseException:
+        ranks.tell("")
+        raise
+    ranks.tell(str(run.path.resolve()))
+    return run
+
+
 def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
     target, unit = TRAINERS[config.kind]
     module, _, name = target.partition(":")
+    if not run.leads:
+        on_event = _silent
     train: Callable[..., Result] = getattr(import_module(module), name)
     # Evolution watches for signals itself: it has generations in flight to tell of.
     result = _watched(train, unit, config, run, on_event) if unit else train(config, run, on_event)
-    if config.kind not in WITHOUT_REPORT:
+    if run.leads and config.kind not in WITHOUT_REPORT:
         build_report(run.path)
+    # A launcher ends all processes when one has ended unfinished: the report comes first.
+    ranks.wait()
+    ranks.leave()
     return result
 
 
@@ -116,8 +158,14 @@ def _watched(
         try:
             return train(config, run, on_event, lambda: interrupt.requested)
         except NonFiniteError:
-            build_report(run.path)
+            if run.leads:
+                build_report(run.path)
+            ranks.wait()
             raise
+
+
+def _silent(event: Event | TrainingEvent) -> None:
+    """Process 0 tells how it goes."""
 
 
 def _discard(run: Run, existed: bool) -> None:

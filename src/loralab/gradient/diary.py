@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loralab import ranks
 from loralab.config.pretrain import PretrainConfig
 from loralab.config.training import GradientConfig
 from loralab.gradient.events import OnTrainingEvent, StepDone
@@ -49,7 +50,8 @@ class Diary(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._stopping() and state.global_step < state.max_steps:
+        # Every process has to stop after the same step, whichever got the signal.
+        if ranks.agreed(self._stopping()) and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
@@ -79,7 +81,7 @@ class Diary(TrainerCallback):  # type: ignore[misc]
             **{name: logs[name] for name in self._columns if name in logs},
         }
         every = self._config.evaluation.every
-        tested = every is not None and step % every == 0 and step < of
+        tested = self._run.leads and every is not None and step % every == 0 and step < of
         if tested:
             row |= self._evaluate(step)
         if tested or step % self._config.training.log_every == 0 or step in (1, of):
