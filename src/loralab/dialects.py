@@ -7,6 +7,7 @@ from typing import Any
 
 PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 MLX = {"keys": "target_modules"}
+DEFAULT_RANK = 8
 
 
 def in_our_words(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def in_our_words(values: Mapping[str, Any]) -> dict[str, Any]:
         said[word], ours[word] = key, value
     scale = values.get("scale")
     if isinstance(scale, int | float) and not isinstance(scale, bool):
-        rank = ours.get("rank", 8)
+        rank = ours.get("rank", DEFAULT_RANK)
         ours["alpha"] = float(scale) * rank if isinstance(rank, int) else scale
     if isinstance(ours.get("init"), str):
         ours["init"] = {"name": ours["init"]}

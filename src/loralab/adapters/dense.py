@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loralab.adapters.targets import weight_of
+
 
 def dense_weight(module: Any) -> Tensor:
     """W (out, in) of nn.Linear, GPT-2's Conv1D or bitsandbytes' nf4 and int8 linear: an fp32 copy.
@@ -25,9 +27,9 @@ def dense_weight(module: Any) -> Tensor:
         scale = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
         rows: Tensor = weight.data.float() * (scale.float()[:, None] / 127)
         return rows
-    dense: Tensor = weight.detach()
-    if type(module).__name__ == "Conv1D":
-        dense = dense.t()
+    dense = weight_of(module)
+    if dense is None:
+        raise TypeError(f"{type(module).__name__} is no linear module")
     return dense.to(torch.float32, copy=True)
 
 

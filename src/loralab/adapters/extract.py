@@ -9,11 +9,10 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from loralab.adapters.state import AdapterState, Factors
+from loralab.adapters.factors import PEFT_PREFIX, Factors
+from loralab.adapters.state import AdapterState
 from loralab.adapters.true_base import memory_of
 from loralab.errors import UserError
-
-_PREFIX = "base_model.model."
 
 
 def state_of(model: PeftModel, adapter: str = "default") -> AdapterState:
@@ -55,7 +54,7 @@ def parts_of(
             f"adapter {adapter!r} is {kind}, which two factors alone do not hold; "
             "`loralab export` can merge or approximate it"
         )
-    layers = {p.removeprefix(_PREFIX): m for p, m in model.named_modules() if _has(m, adapter)}
+    layers = {p.removeprefix(PEFT_PREFIX): m for p, m in model.named_modules() if _has(m, adapter)}
     if not layers:
         raise UserError(f"the model has no LoRA adapter {adapter!r}")
     scaling = next((float(m.scaling[adapter]) for m in layers.values() if m.scaling[adapter]), 1.0)

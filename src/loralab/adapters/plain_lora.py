@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loralab.adapters.factors import Factors
+from loralab.adapters.factors import PEFT_PREFIX, Factors
 from loralab.adapters.files import (
     check_values,
     checked,
@@ -40,7 +40,6 @@ _NOT_PLAIN = {
 }
 """Fields of LoraConfig that make the update something else than scaling * B A."""
 
-_PREFIX = "base_model.model."
 _LONGEST_PATTERN = 300
 
 
@@ -91,7 +90,7 @@ def pair(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Factors]:
     for module in modules:
         if module + b_suffix not in tensors:
             raise UserError(f"{where}: {module} has lora_A but no lora_B")
-        name = module.removeprefix(_PREFIX)
+        name = module.removeprefix(PEFT_PREFIX)
         factors[name] = checked(name, tensors[module + a_suffix], tensors[module + b_suffix])
     return factors
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from loralab import durable
-from loralab.adapters.factors import Factors
+from loralab.adapters.factors import PEFT_PREFIX, Factors
 from loralab.adapters.plain_lora import read_plain
 
 __all__ = ["AdapterState", "Factors"]
@@ -62,8 +62,8 @@ class AdapterState:
         others = {name: r for name, r in sorted(ranks.items()) if r != rank}
         tensors = {}
         for name, (a, b) in self.factors.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
+            tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.detach().cpu().contiguous()
+            tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.detach().cpu().contiguous()
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ def linear_weights(
         UserError: a name matches no linear module.
     """
     found = {
-        name: weight for name, m in model.named_modules() if (weight := _weight(m)) is not None
+        name: weight for name, m in model.named_modules() if (weight := weight_of(m)) is not None
     }
     if not isinstance(target_modules, str):
         return _named(found, target_modules)
@@ -35,12 +36,14 @@ def linear_weights(
     return {name: weight for name, weight in found.items() if model.get_submodule(name) is not head}
 
 
-def _weight(module: nn.Module) -> Tensor | None:
+def weight_of(module: nn.Module | None) -> Tensor | None:
+    """The weight (out, in) of nn.Linear or GPT-2's Conv1D, a view of its own; None of others."""
     if isinstance(module, nn.Linear):
         return module.weight.detach()
-    # Transformers' Conv1D, told by name so that this module need not import Transformers.
-    if type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
-        return module.weight.detach().t()
+    # Transformers' Conv1D stores (in, out); told by name so that nothing here imports Transformers.
+    if module is not None and type(module).__name__ == "Conv1D":
+        stored: Any = module.weight
+        return stored.detach().t()  # type: ignore[no-any-return]
     return None
 
 

@@ -9,7 +9,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from loralab.adapters.state import AdapterState, Factors
+from loralab.adapters.factors import Factors, padded
+from loralab.adapters.state import AdapterState
 
 _OVERSAMPLED = 16
 _POWER_ITERATIONS = 4
@@ -57,7 +58,7 @@ def truncate(
     return Truncation(AdapterState(factors, scaling, base=base), errors, total)
 
 
-def _nearest(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _nearest(dense: Tensor, rank: int) -> Factors:
     """A (rank, in) and B (out, rank) with B A nearest to `dense`, its size split evenly."""
     kept = min(rank, *dense.shape)
     wanted = kept + _OVERSAMPLED
@@ -70,10 +71,7 @@ def _nearest(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     # A square root of the singular values goes to each factor, so that neither is extreme.
     share = s[:kept].sqrt()
     a, b = share[:, None] * vt[:kept], u[:, :kept] * share
-    if kept < rank:
-        a = torch.cat([a, a.new_zeros(rank - kept, a.shape[1])], 0)
-        b = torch.cat([b, b.new_zeros(b.shape[0], rank - kept)], 1)
-    return a, b
+    return padded(Factors(a, b), rank)
 
 
 def _range(dense: Tensor, columns: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from loralab.adapters.factors import PEFT_PREFIX
 from loralab.adapters.state import AdapterState
 from loralab.adapters.targets import linear_weights
 from loralab.bench.workloads import Workload
@@ -164,8 +165,8 @@ class Peft:
                     self.model.add_adapter(name, config, autocast_adapter_dtype=False)
             state = {}
             for module, (a, b) in member.factors.items():
-                state[f"base_model.model.{module}.lora_A.weight"] = a
-                state[f"base_model.model.{module}.lora_B.weight"] = b
+                state[f"{PEFT_PREFIX}{module}.lora_A.weight"] = a
+                state[f"{PEFT_PREFIX}{module}.lora_B.weight"] = b
             set_peft_model_state_dict(self.model, state, adapter_name=name)
         self.model.eval()
         self.names = list(members)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loralab.dialects import in_our_words
+from loralab.dialects import DEFAULT_RANK, in_our_words
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -44,7 +44,7 @@ class AdapterConfig(Section):
     """
 
     type: Literal["lora", "lslora", "sinelora"] = "lora"
-    rank: Positive = 8
+    rank: Positive = DEFAULT_RANK
     alpha: float = Field(default=8.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: (

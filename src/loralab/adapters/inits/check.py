@@ -11,8 +11,6 @@ from loralab.adapters.inits.scene import Site
 from loralab.adapters.nonlinear import NonlinearVariant
 from loralab.errors import UserError
 
-# Fitted to, or saved as, s BA like those that change the base; their facts do not say so yet.
-_PLAIN_ONLY = frozenset({"svd_delta", "output_match", "quantization_match"})
 # PEFT writes the name into the config, which no nonlinear type takes when it is read again.
 _LORA_ONLY = frozenset({"mica"})
 
@@ -41,15 +39,11 @@ def check(facts: Facts, name: str, sites: Iterable[Site]) -> None:
                 f"{name} is for plain LoRA: {site.name} has a nonlinear adapter, which cannot be "
                 "saved with this start; use zero_b, orthogonal or eva, or adapter type lora"
             )
-        if _needs_plain(facts, name) and not _is_plain(site):
+        if (facts.needs_plain or facts.changes_base) and not _is_plain(site):
             raise UserError(
                 f"{name} needs dW = s BA: the adapter of {site.name} is another function of BA at "
                 "its start; use zero_b, orthogonal or eva, or adapter type lora"
             )
-
-
-def _needs_plain(facts: Facts, name: str) -> bool:
-    return facts.needs_plain or facts.changes_base or name in _PLAIN_ONLY
 
 
 @torch.no_grad()

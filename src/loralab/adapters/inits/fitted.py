@@ -60,6 +60,7 @@ class SvdDelta(_FromReference):
         unchanged="no: it is near the reference",
         cost="an SVD a module",
         needs="a reference model of the same shape",
+        needs_plain=True,
     )
 
     def __call__(
@@ -91,6 +92,7 @@ class OutputMatch:
         unchanged="nearly, on text like the calibration text",
         cost="one pass over the text, an eigendecomposition for each input",
         needs="calibration text",
+        needs_plain=True,
     )
     method: Literal["null_space", "gradient"] = "null_space"
     steps: Count = 100
@@ -152,6 +154,7 @@ class QuantizationMatch(_FromReference):
         unchanged="no: nearer to the unquantised model",
         cost="one pass over the text, an eigendecomposition and an SVD a module",
         needs="calibration text, the unquantised model",
+        needs_plain=True,
     )
 
     def __call__(

@@ -15,11 +15,10 @@ from peft.utils.integrations import get_bnb_param_type
 from torch import Tensor, nn
 
 from loralab.adapters.dense import dense_weight
+from loralab.adapters.factors import PEFT_PREFIX
 from loralab.adapters.inits.calibration import Moments, measure
 from loralab.adapters.true_base import remember
 from loralab.errors import UserError
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Scene:
         for path, module in self.model.named_modules():
             if not isinstance(module, LoraLayer) or self.adapter not in module.r:
                 continue
-            name = path.removeprefix(PREFIX)
+            name = path.removeprefix(PEFT_PREFIX)
             if self.adapter not in module.lora_A or not hasattr(module, "fan_in_fan_out"):
                 kind = type(module.get_base_layer()).__name__
                 raise UserError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from loralab.adapters.factors import Factors, padded
 from loralab.adapters.inits.blind import kaiming
-from loralab.adapters.state import Factors
 
 
 def resized(
@@ -24,9 +24,9 @@ def resized(
     if rank == a.shape[0]:
         return Factors(a, b * ratio), 1.0
     if rank > a.shape[0]:
-        more = rank - a.shape[0]
-        a_more = kaiming(more, a.shape[1], generator)
-        return Factors(torch.cat([a, a_more], 0), _widened(b * ratio, more)), 1.0
+        grown = padded(Factors(a, b * ratio), rank)
+        grown.A[a.shape[0] :] = kaiming(rank - a.shape[0], a.shape[1], generator)
+        return grown, 1.0
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vt = torch.linalg.svd(r_b @ r_a.T)
@@ -45,14 +45,7 @@ def filled(a: Tensor, b: Tensor, rank: int, generator: Generator) -> Factors:
     Directions that the fit left out (a change of lower rank, a module narrower than the rank) get
     a random row of A and a zero column of B: with both zero neither would ever get a gradient.
     """
-    short = rank - a.shape[0]
-    if short > 0:
-        a = torch.cat([a, a.new_zeros(short, a.shape[1])], 0)
-        b = _widened(b, short)
+    a, b = padded(Factors(a, b), rank)
     empty = ~(a.any(1) & b.any(0))
     fresh = kaiming(rank, a.shape[1], generator).to(a)
     return Factors(torch.where(empty[:, None], fresh, a), torch.where(empty, 0.0, b))
-
-
-def _widened(b: Tensor, columns: int) -> Tensor:
-    return torch.cat([b, b.new_zeros(b.shape[0], columns)], 1)

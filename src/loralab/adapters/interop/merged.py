@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.files import short
 from loralab.adapters.state import AdapterState
+from loralab.adapters.targets import weight_of
 from loralab.errors import UserError
 
 
@@ -125,11 +126,7 @@ def _untie(model: Any, module: Any) -> None:
 
 
 def _weight(module: nn.Module | None, name: str) -> Tensor:
-    """A view (out, in) of the module's own weight."""
-    if isinstance(module, nn.Linear):
-        return module.weight.detach()
-    if type(module).__name__ == "Conv1D":  # Transformers' own, for GPT-2: stored (in, out)
-        stored: Any = module
-        weight: Tensor = stored.weight.detach().t()
-        return weight
-    raise UserError(f"{name}: the base model has no such linear module; wrong --base?")
+    weight = weight_of(module)
+    if weight is None:
+        raise UserError(f"{name}: the base model has no such linear module; wrong --base?")
+    return weight

@@ -18,6 +18,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import Tensor
 
 from loralab.adapters import LSLoraConfig, SineLoraConfig
+from loralab.adapters.factors import PEFT_PREFIX
 from loralab.adapters.files import check_fit, checked, plain_number, read_tensors
 from loralab.adapters.nonlinear import NonlinearLayer
 from loralab.adapters.plain_lora import CHANGED_BASE
@@ -30,7 +31,6 @@ KINDS = {"LSLORA": LSLoraConfig, "SINELORA": SineLoraConfig}
 _NUMBERS = ("k_min", "k_max", "sinelora_frequency", "sinelora_scaling", "output_scale_init")
 _PLAIN = ("num_knots", "interpolation_method", "boundary", "gated", "normalize", "space")
 _MOST_KNOTS = 4096
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _adder(total: list[float]) -> Any:
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
     for name, layer in model.named_modules():
         if isinstance(layer, NonlinearLayer):
-            yield name.removeprefix(_PREFIX), layer
+            yield name.removeprefix(PEFT_PREFIX), layer
 
 
 def _factors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Factors]:
@@ -157,7 +157,7 @@ def _factors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Factors]:
         b = tensors.get(key.removesuffix(suffix) + ".lora_B.weight")
         if b is None:
             raise UserError(f"{where}: {key!r} has no lora_B beside it")
-        name = key.removesuffix(suffix).removeprefix(_PREFIX)
+        name = key.removesuffix(suffix).removeprefix(PEFT_PREFIX)
         factors[name] = checked(name, a, b)
     if len({f.A.shape[0] for f in factors.values()}) != 1:
         raise UserError(f"{where}: expected factors of one rank")

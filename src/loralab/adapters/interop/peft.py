@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from loralab.adapters.factors import Factors
+from loralab.adapters.factors import Factors, padded
 from loralab.adapters.plain_lora import one_scaling, read_plain
 from loralab.adapters.state import AdapterState
 
@@ -42,21 +40,15 @@ def uniform(
 ) -> Reading:
     """One rank and one scaling for all modules, exact but for float32 rounding of folded B."""
     scaled, scaling, folded = one_scaling(factors, scalings)
-    made, padded = _one_rank(scaled)
-    return Reading(AdapterState(made, scaling, base=base, extra=dict(extra)), (*folded, *padded))
+    made, widened = _one_rank(scaled)
+    return Reading(AdapterState(made, scaling, base=base, extra=dict(extra)), (*folded, *widened))
 
 
 def _one_rank(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], tuple[str, ...]]:
     """Zero rows and columns added up to the largest rank, and a note where there are any."""
     rank = max(f.A.shape[0] for f in factors.values())
-    made, padded = {}, 0
-    for module, (a, b) in factors.items():
-        short = rank - a.shape[0]
-        if short:
-            a = torch.cat([a, a.new_zeros(short, a.shape[1])], 0)
-            b = torch.cat([b, b.new_zeros(b.shape[0], short)], 1)
-            padded += 1
-        made[module] = Factors(a, b)
-    if not padded:
+    made = {module: padded(pair, rank) for module, pair in factors.items()}
+    short = sum(pair.A.shape[0] < rank for pair in factors.values())
+    if not short:
         return made, ()
-    return made, (f"changed: {padded} of {len(made)} modules padded with zeros to rank {rank}",)
+    return made, (f"changed: {short} of {len(made)} modules padded with zeros to rank {rank}",)
