@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "run a config to a finished run directory with its report")
     run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped config")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="as in adapter.rank=16")
-    run.add_argument("--run-dir", metavar="DIR", help="default runs/NAME-DATE-TIME")
+    run.add_argument(
+        "--run-dir", metavar="DIR", help="default runs/NAME-DATE-TIME, of a pipeline runs/NAME"
+    )
     run.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     run.add_argument("--dry-run", action="store_true", help="check and print the config, and stop")
 
@@ -205,9 +207,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(f"run needs a CONFIG: a YAML file or one of {', '.join(configs.shipped())}")
     if name is None and overrides:
         raise UserError(f"override {overrides[0]!r}: a resumed run keeps the config it began with")
-    if arguments.resume and run_dir is None:
-        raise UserError("--resume needs --run-dir DIR, the run to continue")
     config = None if name is None else configs.load(name, overrides)
+    if arguments.resume and run_dir is None and not isinstance(config, configs.PipelineConfig):
+        raise UserError("--resume needs --run-dir DIR, the run to continue")
     if arguments.dry_run:
         return _dry_run(config, run_dir)
 
@@ -217,12 +219,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
     console = _console()
     with Display(console) as display:
-        if arguments.resume:
-            run, result = pipeline.resume(Path(run_dir), config, display)
+        if config is None:
+            run, result = pipeline.resume(Path(run_dir), None, display)
         else:
-            assert config is not None
-            directory = Path(run_dir) if run_dir else pipeline.default_directory(config.name)
-            run, result = pipeline.start(config, directory, display)
+            directory = Path(run_dir) if run_dir else pipeline.directory_of(config)
+            if arguments.resume:
+                run, result = pipeline.resume(directory, config, display)
+            else:
+                run, result = pipeline.start(config, directory, display)
     if run.leads:
         say_end(run, result.complete, console)
     return 0 if result.complete else STOPPED

@@ -11,10 +11,9 @@ from rich.text import Text
 from loralab import pipeline
 from loralab.config import load
 from loralab.display import Display
-from loralab.report.pretraining import summarise_pretraining
-from loralab.report.summary import summarise
-from loralab.report.text import change, duration, is_number, share
-from loralab.report.training import summarise_training
+from loralab.report.line import before_after
+from loralab.report.stages import cells, header, read_table
+from loralab.report.text import duration
 from loralab.run import Run
 from loralab.timings import Timings
 
@@ -40,6 +39,14 @@ def say_end(run: Run, complete: bool, console: Console) -> None:
     if run.config.get("kind") == "ablation":
         _say_ablation(run, complete, console)
         return
+    if run.config.get("kind") == "pipeline":
+        _say_stages(run, complete, console)
+        return
+    if run.config.get("kind") == "eval":
+        console.print(Text(f"numbers  {run.path / 'eval.json'}"), soft_wrap=True)
+        if not complete:
+            _say_how_to_go_on(run, console)
+        return
     console.print(_times(run))
     console.print(Text(before_after(run), style="bold"), soft_wrap=True)
     whole = run.path / "model"
@@ -59,31 +66,25 @@ def _say_ablation(run: Run, complete: bool, console: Console) -> None:
         _say_how_to_go_on(run, console)
 
 
+def _say_stages(run: Run, complete: bool, console: Console) -> None:
+    found = read_table(run)
+    if found is not None:
+        shown = Table(box=None, padding=(0, 2), show_edge=False)
+        for number, title in enumerate(header(found)):
+            shown.add_column(title, justify="left" if number < 2 else "right", style="dim")
+        for row in found["rows"]:
+            shown.add_row(*map(Text, cells(row, found["columns"])))
+        console.print(shown)
+    console.print(Text(f"report   {run.path / 'report.html'}"), soft_wrap=True)
+    if not complete:
+        _say_how_to_go_on(run, console)
+
+
 def _say_how_to_go_on(run: Run, console: Console) -> None:
     console.print(
         Text(f"stopped early; continue with: loralab run --resume --run-dir {run.path}"),
         soft_wrap=True,
     )
-
-
-def before_after(run: Run) -> str:
-    """Training reward, held-out reward and held-out correctness, each before → after.
-
-    Training reward is the population's mean on the training prompts, in the first and the last
-    generation; held-out numbers are the unperturbed adapter's, before generation 0 and at the
-    generation whose adapter was kept. Of a fine-tuning run: loss and held-out scores.
-    """
-    if run.config.get("kind") == "pretrain":
-        return summarise_pretraining(run).line()
-    if "training" in run.config:
-        return summarise_training(run).line()
-    summary = summarise(run)
-    parts = [f"training reward {change(summary.reward.before, summary.reward.after)}"]
-    if is_number(summary.held_out.before):
-        parts.append(f"held-out {change(summary.held_out.before, summary.held_out.after)}")
-    if is_number(summary.correct.before):
-        parts.append(f"correct {share(summary.correct.before)} → {share(summary.correct.after)}")
-    return ", ".join(parts)
 
 
 def _times(run: Run) -> Table:

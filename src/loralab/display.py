@@ -84,7 +84,9 @@ class Display:
                 for line in self._training.take(event, live=self._live is not None):
                     self._say(line)
             case Started():
-                self._started = event
+                # A stage of a pipeline comes after another one, which may have been a training.
+                self._started, self._last, self._training = event, None, _Training()
+                self._rewards.clear()
                 self._say(_opening(event))
             case Generating():
                 self._flight = event
@@ -150,7 +152,8 @@ class _Training:
         """Note an event; the lines to say about it."""
         match event:
             case TrainingStarted():
-                self._started = event
+                self._started, self._last = event, None
+                self._losses.clear()
                 return [_training_opening(event)]
             case StepDone():
                 self._last, self._answering = event, None

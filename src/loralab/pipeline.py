@@ -8,18 +8,19 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import yaml
 
 from loralab import config as configs
 from loralab import ranks
-from loralab.config import (
-    AnyConfig,
-)
+from loralab.config import AnyConfig, PipelineConfig
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
 from loralab.evolution.start import START
 from loralab.interrupt import Interrupt
 from loralab.report import build_report
+from loralab.report.stages import TABLE
 from loralab.run import Run
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ TRAINERS: Mapping[str, tuple[str, str | None]] = {
     "seq2seq": ("loralab.gradient.seq2seq:seq2seq", "step"),
     "distill": ("loralab.gradient.distill:distill", "step"),
     "ablation": ("loralab.gradient.ablation:ablate", "run"),
+    "eval": ("loralab.measure:measure", "measurement"),
+    "pipeline": ("loralab.stages.runner:run_stages", "stage"),
 }
 """What runs a kind of config, imported when it does, and what a signal waits for the end of."""
-WITHOUT_REPORT = {"distill", "ablation"}
+WITHOUT_REPORT = {"distill", "ablation", "eval"}
 TOGETHER = ("sft", "pretrain", "dpo", "verifier", "classify", "seq2seq")
 """Kinds that several processes can train together, as `accelerate launch` starts them."""
 
@@ -64,13 +67,22 @@ def default_directory(name: str) -> Path:
     return path
 
 
+def directory_of(config: AnyConfig) -> Path:
+    """Where a config runs if no one says: a pipeline always in the same place, to go on there."""
+    if isinstance(config, PipelineConfig):
+        return Path("runs") / config.name
+    return default_directory(config.name)
+
+
 def start(config: AnyConfig, directory: Path, on_event: OnEvent) -> tuple[Run, Result]:
-    """Run a config in a new directory, to the report.
+    """Run a config in a new directory, to the report; a pipeline also where it was begun before.
 
     Raises:
         UserError: something the user can mend. If the run never began, the directory is
             removed again, so that the mended command can be repeated as it is.
     """
+    if isinstance(config, PipelineConfig) and (directory / "config.yaml").exists():
+        return resume(directory, config, on_event)
     existed = directory.exists()
     _join(config)
     run = _led(lambda: Run.create(directory, config.to_dict()))
@@ -85,17 +97,39 @@ def start(config: AnyConfig, directory: Path, on_event: OnEvent) -> tuple[Run, R
 
 
 def resume(directory: Path, config: AnyConfig | None, on_event: OnEvent) -> tuple[Run, Result]:
-    """Continue the run in a directory. A config, if given, has to equal the one it started with.
+    """Continue the run in a directory. A config, if given, has to equal the one it started with,
+    but for a pipeline's: stages that it changes are run anew beside the old ones.
 
     Raises:
         UserError: there is no such run, its config differs, or something the user can mend.
     """
+    changing = isinstance(config, PipelineConfig)
+    values = None if config is None else config.to_dict()
     if ranks.world() > 1:
         _join(configs.parse(Run.open(directory).config, str(directory / "config.yaml")))
-    run = _led(lambda: Run.resume(directory, None if config is None else config.to_dict()))
-    with run:
+    with _led(lambda: Run.resume(directory, None if changing else values)) as run:
+        if changing and values is not None:
+            _renew(run, values)
         stored = configs.parse(run.config, str(directory / "config.yaml"))
         return run, _finish(stored, run, on_event)
+
+
+def _renew(run: Run, values: dict[str, Any]) -> None:
+    """Give a pipeline's run another config; the one before and its table are kept, numbered."""
+    if values == run.config:
+        return
+    if run.config.get("kind") != "pipeline":
+        raise UserError(
+            f"{run.path} holds a run of kind {run.config.get('kind')!r}, no pipeline: choose "
+            "another --run-dir"
+        )
+    number = 1
+    while (run.path / f"config-{number}.yaml").exists():
+        number += 1
+    for file in (run.path / "config.yaml", *run.path.glob(f"{TABLE}.*")):
+        run.write(f"{file.stem}-{number}{file.suffix}", file.read_bytes())
+    run.write("config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    run.config = values
 
 
 def _join(config: AnyConfig) -> None:

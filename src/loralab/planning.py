@@ -9,14 +9,17 @@ from loralab.config import (
     ClassifyConfig,
     DistillConfig,
     DpoConfig,
+    EvalConfig,
     EvolveConfig,
     GrpoConfig,
+    PipelineConfig,
     PretrainConfig,
     Seq2SeqConfig,
     SftConfig,
     TrainingConfig,
     VerifierConfig,
 )
+from loralab.config.references import references
 
 
 def plan(config: AnyConfig) -> list[str]:
@@ -42,11 +45,28 @@ def plan(config: AnyConfig) -> list[str]:
             return _plan_task(config)
         case DistillConfig():
             return _plan_distillation(config)
+        case EvalConfig():
+            return [
+                f"{len(config.models)} models: {', '.join(config.models)}",
+                f"{len(config.measures)} measures: {', '.join(config.measures)}",
+            ]
+        case PipelineConfig():
+            return [line for name in config.stages for line in _plan_stage(config, name)]
         case AblationConfig():
             first = config.config_of(config.variants[0].name, 0)
             count = len(config.variants) * len(config.seeds)
             names = ", ".join(variant.name for variant in config.variants)
             return [f"{count} runs: {names}, {len(config.seeds)} seeds", *_plan_training(first)]
+
+
+def _plan_stage(config: PipelineConfig, name: str) -> list[str]:
+    """A stage's own plan, but for rows that an earlier stage has yet to write."""
+    stage = config.parsed()[name]
+    read = references(stage.to_dict(), f"stage {name}")
+    title = f"stage {name}: {stage.kind}" + f", reads {', '.join(map(str, read))}" * bool(read)
+    if any(reference.output == "data" for reference in read):
+        return [title]
+    return [title, *(f"  {line}" for line in plan(stage))]
 
 
 def _plan_evolution(config: EvolveConfig) -> list[str]:

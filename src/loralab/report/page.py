@@ -23,6 +23,7 @@ from loralab.report.pretraining import (
     pretraining_tiles,
     summarise_pretraining,
 )
+from loralab.report.stages import build_stages_page
 from loralab.report.summary import Change, Pair, Summary, summarise
 from loralab.report.training import TrainingSummary, summarise_training, training_charts
 from loralab.run import Run
@@ -52,6 +53,8 @@ def build_report(run_path: str | Path) -> Path:
         UserError: there is no run, it is damaged, or the directory cannot be written.
     """
     run = Run.open(run_path)
+    if run.config.get("kind") == "pipeline":
+        return build_stages_page(run)
     view = view_of(run)
     for chart in view["charts"]:
         durable.write_whole(run.figures / f"{chart.name}.png", chart.png)

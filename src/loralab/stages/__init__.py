@@ -1,0 +1,1 @@
+"""`kind: pipeline`: stages one after the other, each skipped when what it reads is unchanged."""
