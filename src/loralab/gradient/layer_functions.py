@@ -1,9 +1,10 @@
-"""RMSNorm, SwiGLU and rotary attention, each one autograd operation on native kernels.
+"""RMSNorm, SwiGLU and rotary attention, each one autograd operation.
 
-In PyTorch each of them is a chain of passes over (tokens, width), in fp32 copies for the norm, and
+Written out, each is a chain of passes over (tokens, width), in fp32 copies for the norm, and
 autograd keeps what lies between. Here each reads its inputs once, works in fp32, rounds once, and
 keeps its inputs alone: 1 / rms of each token for the norm, the logarithm of each softmax's sum for
-attention. Formulas are in `native/layers.cpp` and `native/attention.cpp`.
+attention. Outputs of the norm and of SwiGLU say how they are made, so that fused LoRA layers need
+not keep them. Formulas are in `native/layers.cpp` and `native/attention.cpp`.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from loralab.gradient.lora_function import Remade
 from loralab.gradient.native.attention import AttentionKernel
 from loralab.gradient.native.layers import LayerKernels
+from loralab.gradient.plain_layers import PlainLayers
+
+Layers = LayerKernels | PlainLayers
 
 
-class RMSNorm(torch.autograd.Function):
-    """x w / sqrt(mean(x^2) + eps); x (..., d), w (d,) of one type."""
-
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, native: LayerKernels, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = weight.detach().float()
-        y, inverse = native.norm_forward(x, wide, eps)
-        ctx.native = native
+    def forward(ctx: Any, layers: Layers, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = layers.norm_forward(x, _wide(weight), eps)
+        ctx.layers = layers
         ctx.save_for_backward(x, weight, inverse)
         return y
 
@@ -34,27 +36,45 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        of_x, of_weight = ctx.native.norm_backward(
-            x, weight.detach().float(), inverse, gy.contiguous(), ctx.needs_input_grad[2]
+        of_x, of_weight = ctx.layers.norm_backward(
+            x, _wide(weight), inverse, gy.contiguous(), ctx.needs_input_grad[2]
         )
         return None, of_x, None if of_weight is None else of_weight.to(weight.dtype), None
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, of one shape and type."""
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
+
+def rms_norm(layers: Layers, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x w / sqrt(mean(x^2) + eps); x (..., d), w (d,) of one type."""
+    y: Tensor = _RMSNorm.apply(layers, x, weight, eps)  # type: ignore[no-untyped-call]
+
+    def make(x: Tensor, weight: Tensor) -> Tensor:
+        return layers.norm_forward(x, _wide(weight), eps)[0]
+
+    return Remade.mark(y, make, x, weight)
+
+
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, native: LayerKernels, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.native = native
+    def forward(ctx: Any, layers: Layers, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.layers = layers
         ctx.save_for_backward(gate, up)
-        return native.swiglu_forward(gate, up)
+        return layers.swiglu_forward(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        of_gate, of_up = ctx.native.swiglu_backward(gate, up, gy.contiguous())
+        of_gate, of_up = ctx.layers.swiglu_backward(gate, up, gy.contiguous())
         return None, of_gate, of_up
+
+
+def swiglu(layers: Layers, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of one shape and type."""
+    y: Tensor = _SwiGLU.apply(layers, gate, up)  # type: ignore[no-untyped-call]
+    return Remade.mark(y, layers.swiglu_forward, gate, up)
 
 
 class Rotation(torch.autograd.Function):

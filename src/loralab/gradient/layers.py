@@ -1,11 +1,11 @@
-"""Native forwards for a decoder's norms, gated MLPs and attention while it trains.
+"""Fused forwards for a decoder's norms, gated MLPs and attention while it trains.
 
     with fused_layers(model) as report: ...
 
 Modules of the classes in `NORMS`, `MLPS` and `ATTENTIONS` get a `forward` of their own
-(`layer_functions.py`); projections inside them are called as modules, so adapters, hooks and
-quantised weights work as before. What a call needs beyond that (a cache, padding, dropout, a
-window shorter than a sequence, another type than bf16 in attention) goes to the class's own
+(`layer_functions.py`), on native kernels where those can be had. Projections inside them are
+called as modules, so adapters, hooks and quantised weights work as before. What a call needs
+beyond that (a cache, padding, dropout, a window shorter than a sequence) goes to the class's own
 forward, call by call. Other classes are left alone, and `report` names them.
 """
 
@@ -22,43 +22,40 @@ from torch import Tensor, nn
 
 from loralab.gradient import attention
 from loralab.gradient.collate import LENGTHS
-from loralab.gradient.layer_functions import RMSNorm, RotaryAttention, SwiGLU
+from loralab.gradient.layer_functions import RotaryAttention, rms_norm, swiglu
 from loralab.gradient.native import attention as native_attention
 from loralab.gradient.native import layers as native
 from loralab.gradient.native.switch import wanted
+from loralab.gradient.plain_layers import PlainLayers
 
 _DECODER = "loralab.models.decoder"
+_PLAIN = PlainLayers()
 
 
-def _family(suffix: str, *names: str) -> dict[str, str]:
-    return {
-        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}{suffix}": name
+def _family(suffix: str, *names: str) -> frozenset[str]:
+    return frozenset(
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}{suffix}"
         for name in names
-    }
+    )
 
 
-NORMS: Mapping[str, str] = {
-    **_family("RMSNorm", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"),
-    f"{_DECODER}.RMSNorm": "decoder",
+NORMS = _family("RMSNorm", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3") | {
+    f"{_DECODER}.RMSNorm"
 }
 """Classes that compute weight * (x / rms(x)), eps inside the root."""
 
-MLPS: Mapping[str, str] = {
-    **_family("MLP", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"),
-    "loralab.models.moe.SwiGLU": "decoder",
+MLPS = _family("MLP", "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3") | {
+    "loralab.models.moe.SwiGLU"
 }
 """Classes that compute down(act(gate(x)) * up(x))."""
 
-ATTENTIONS: Mapping[str, str] = {
-    **_family("Attention", "Llama", "Mistral", "Qwen2", "Qwen3"),
-    f"{_DECODER}.Attention": "decoder",
-}
+ATTENTIONS = _family("Attention", "Llama", "Mistral", "Qwen2", "Qwen3") | {f"{_DECODER}.Attention"}
 """Classes whose queries and keys are rotated, halves against each other, over the whole head."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """taken: how many modules of which class run natively. left: those that look like a norm, an
+    """taken: how many modules of which class are fused. left: those that look like a norm, an
     MLP or attention and do not."""
 
     taken: Mapping[str, int]
@@ -70,15 +67,14 @@ class Report:
         if not self.left:
             return ()
         left = ", ".join(f"{count} {name}" for name, count in self.left.items())
-        return (f"no native kernel for {left}: they run in PyTorch",)
+        return (f"not known to the fast step and left as they are: {left}",)
 
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[Report]:
-    """Within it the model's known layers run on native kernels, where those can be had."""
+    """Within it the model's known layers are fused."""
     taken, left, patched = dict[str, int](), dict[str, int](), list[nn.Module]()
-    usable = wanted() and _on_cpu(model) and native.kernels() is not None
-    for module in model.modules() if usable else ():
+    for module in model.modules():
         forward = _forward_of(module)
         known = forward is not None and "forward" not in vars(module)
         name = type(module).__name__
@@ -95,10 +91,6 @@ def fused_layers(model: nn.Module) -> Iterator[Report]:
             vars(module).pop("forward", None)
 
 
-def _on_cpu(model: nn.Module) -> bool:
-    return all(p.device.type == "cpu" for p in model.parameters())
-
-
 def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if kind in NORMS:
@@ -112,28 +104,27 @@ def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
-def _usable(*tensors: Tensor) -> bool:
-    return wanted() and native.takes(*tensors) and not torch.compiler.is_compiling()
+def _kernels(width: int, *tensors: Tensor) -> native.LayerKernels | None:
+    fits = wanted() and width % native.LANES == 0 and native.takes(*tensors)
+    return native.kernels() if fits else None
 
 
 def _norm(self: Any, x: Tensor) -> Tensor:
-    kernels = native.kernels()
-    if kernels is None or x.shape[-1] % native.LANES or not _usable(x, self.weight):
+    if x.dtype != self.weight.dtype or torch.compiler.is_compiling():
         plain: Tensor = type(self).forward(self, x)
         return plain
     eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-    made: Tensor = RMSNorm.apply(kernels, x, self.weight, eps)  # type: ignore[no-untyped-call]
-    return made
+    layers = _kernels(x.shape[-1], x, self.weight) or _PLAIN
+    return rms_norm(layers, x, self.weight, eps)
 
 
 def _mlp(self: Any, x: Tensor) -> Tensor:
-    kernels = native.kernels()
+    if torch.compiler.is_compiling():
+        plain: Tensor = type(self).forward(self, x)
+        return plain
     gate, up = self.gate_proj(x), self.up_proj(x)
-    if kernels is None or gate.shape[-1] % native.LANES or not _usable(gate, up):
-        inner = torch.nn.functional.silu(gate) * up
-    else:
-        inner = SwiGLU.apply(kernels, gate, up)  # type: ignore[no-untyped-call]
-    out: Tensor = self.down_proj(inner)
+    layers = _kernels(gate.shape[-1], gate, up) or _PLAIN
+    out: Tensor = self.down_proj(swiglu(layers, gate, up))
     return out
 
 
@@ -207,13 +198,12 @@ def _attend(
     """(1, tokens, heads, d) of queries, keys and values (1, tokens, heads or key heads, d)."""
     from loralab.models.rope import rotate
 
-    kernels, kernel, width = native.kernels(), native_attention.kernel(), parts[0].shape[-1]
+    width = parts[0].shape[-1]
     q, k, v = (part[0].contiguous() for part in parts)
-    cos, sin = (t[..., : width // 2] for t in rotation)
-    fits = kernels is not None and width % (2 * native.LANES) == 0 and cos.shape[0] == 1
-    if not (fits and kernel is not None and _usable(q, k, v) and kernel.takes(q, k, v)):
-        cos, sin = rotation
-        turned = [rotate(part.transpose(1, 2), cos, sin) for part in parts[:2]]
+    layers, kernel = _kernels(width // 2, q, k, v), native_attention.kernel()
+    one_row = rotation[0].shape[0] == 1
+    if layers is None or kernel is None or not (one_row and kernel.takes(q, k, v)):
+        turned = [rotate(part.transpose(1, 2), *rotation) for part in parts[:2]]
         return attention.sequence_attention(
             module,
             turned[0],
@@ -223,8 +213,8 @@ def _attend(
             scaling=module.scaling,
             sequence_lengths=lengths,
         )[0]
-    tables = (t[0].float().contiguous() for t in (cos, sin))
+    tables = (t[0, :, : width // 2].float().contiguous() for t in rotation)
     out: Tensor = RotaryAttention.apply(  # type: ignore[no-untyped-call]
-        kernels, kernel, q, k, v, *tables, module.scaling, tuple(lengths)
+        layers, kernel, q, k, v, *tables, module.scaling, tuple(lengths)
     )
     return out[None]

@@ -21,13 +21,58 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class Again:
+    """Makes a tensor again in backward, once for all the layers that read it."""
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        self._make = make
+        self._readers = self._waiting = 0
+        self._made: Tensor | None = None
+
+    def promise(self) -> None:
+        """One more layer will ask."""
+        self._readers += 1
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """make(*tensors), held until each layer that promised to has asked."""
+        if self._made is None:
+            self._made, self._waiting = self._make(*tensors), self._readers
+        made = self._made
+        self._waiting -= 1
+        if self._waiting <= 0:
+            self._made = None
+        return made
+
+
+class Remade(NamedTuple):
+    """How backward makes a tensor in place of keeping it: `again` of tensors it keeps anyway.
+
+    What makes an input that is wide and cheap to make (a norm, an activation) marks it with this,
+    and the layers that read it keep `tensors`. They are not in `again`, which outlives their use.
+    """
+
+    again: Again
+    tensors: tuple[Tensor, ...]
+
+    @staticmethod
+    def mark(made: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """The tensor, marked as make(*tensors)."""
+        made.loralab_remade = Remade(Again(make), tensors)  # type: ignore[attr-defined]
+        return made
+
+    @staticmethod
+    def of(x: Tensor) -> Remade | None:
+        """The mark of a tensor, if it has one."""
+        return getattr(x, "loralab_remade", None)
 
 
 @contextmanager
@@ -58,13 +103,28 @@ def redrop(x: Tensor, mask: Tensor | None, probability: float) -> Tensor:
     return x if mask is None else x * mask * (1 / (1 - probability))
 
 
+def keep_input(
+    ctx: Any, x: Tensor, remade: Remade | None
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """What backward needs of x (`ctx.needs_input_grad[3]`: A's): itself, or what makes it again."""
+    ctx.again = None
+    if not ctx.needs_input_grad[3]:
+        return None, ()
+    if remade is None:
+        return x, ()
+    ctx.again = remade.again
+    ctx.again.promise()
+    return None, remade.tensors
+
+
 def factor_gradients(
-    ctx: Any, saved: Sequence[Any], gy: Tensor, gz: Tensor
+    ctx: Any, saved: Sequence[Any], again: Sequence[Tensor], gy: Tensor, gz: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, A and B from those of y and of z, the adapter's output (tokens, out).
 
     ctx: a context whose inputs begin as those of `LoraLinear.forward`, with its attributes.
-    saved: its saved tensors. They are passed because checkpointing allows one reading of them.
+    saved, again: its saved tensors; `again` to make x of, where x is None. They are passed because
+    checkpointing allows one reading of them.
     Each gradient is in its own type, None where nothing needs it.
     """
     x, mask, weight, a, b, h = saved
@@ -77,6 +137,8 @@ def factor_gradients(
     if needs_x or needs_a:
         gh = (gz @ b.to(dtype)).mul_(ctx.scaling)
         if needs_a:
+            if x is None:
+                x = ctx.again(*again).view(-1, a.shape[1])
             ga = (gh.t() @ redrop(x, mask, ctx.dropout)).to(a.dtype)
         if needs_x:
             # gy W + D gh A: the adapter's part first, so that the sum is rounded once.
@@ -97,14 +159,15 @@ class LoraLinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
         dropout: float,
+        remade: Remade | None = None,
     ) -> Tensor:
         """y (tokens, out) in x's type; the other tensors are cast to it."""
         dtype = x.dtype
         dropped, mask = drop(x, dropout)
         h = (dropped @ a.to(dtype).t()).mul_(scaling)
         ctx.scaling, ctx.dropout = scaling, dropout
-        needs_a = ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_a else None, mask, weight, a, b, h)
+        kept, again = keep_input(ctx, x, remade)
+        ctx.save_for_backward(kept, mask, weight, a, b, h, *again)
         across = b.to(dtype).t()
         y = h @ across if bias is None else torch.addmm(bias.to(dtype), h, across)
         return y.addmm_(x, weight.to(dtype).t())
@@ -113,8 +176,9 @@ class LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A and B, each in its own type."""
-        gx, ga, gb = factor_gradients(ctx, ctx.saved_tensors, gy, gy)
-        return gx, None, None, ga, gb, None, None
+        saved = ctx.saved_tensors
+        gx, ga, gb = factor_gradients(ctx, saved[:6], saved[6:], gy, gy)
+        return gx, None, None, ga, gb, None, None, None
 
 
 def lora_linear(
@@ -134,6 +198,13 @@ def lora_linear(
     """
     with in_autocast_type(x) as cast:
         y: Tensor = LoraLinear.apply(  # type: ignore[no-untyped-call]
-            cast.reshape(-1, x.shape[-1]), weight, bias, a, b, scaling, dropout
+            cast.reshape(-1, x.shape[-1]),
+            weight,
+            bias,
+            a,
+            b,
+            scaling,
+            dropout,
+            Remade.of(x) if cast is x else None,
         )
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -18,7 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from loralab.adapters.spline import LoraSpline
 from loralab.gradient import spline_curve
-from loralab.gradient.lora_function import drop, factor_gradients, in_autocast_type
+from loralab.gradient.lora_function import (
+    Remade,
+    drop,
+    factor_gradients,
+    in_autocast_type,
+    keep_input,
+)
 from loralab.gradient.native.spline import kernel
 from loralab.gradient.native.switch import wanted
 from loralab.gradient.spline_curve import Parameters
@@ -62,6 +68,7 @@ class LSLoraLinear(torch.autograd.Function):
         output_scale: Tensor,
         gate: Tensor | None,
         grid: tuple[float, float, bool],
+        remade: Remade | None = None,
     ) -> Tensor:
         """y (tokens, out) in x's type. grid: k_min, k_max, whether clamped outside."""
         dtype = x.dtype
@@ -69,8 +76,8 @@ class LSLoraLinear(torch.autograd.Function):
         h = (dropped @ a.to(dtype).t()).mul_(scaling)
         ctx.scaling, ctx.dropout, ctx.grid = scaling, dropout, grid
         spline = (values, input_scale, output_scale, gate)
-        needs_a = ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_a else None, mask, weight, a, b, h, *spline)
+        kept, again = keep_input(ctx, x, remade)
+        ctx.save_for_backward(kept, mask, weight, a, b, h, *spline, *again)
         y = _bend(h, b.to(dtype), Parameters(*spline, *grid))
         if bias is not None:
             y += bias
@@ -81,10 +88,10 @@ class LSLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, A, B and the spline's parameters, each in its own type."""
         saved = ctx.saved_tensors
-        b, h, *spline = saved[4:]
+        b, h, *spline = saved[4:10]
         gy = gy.contiguous()
         gz, of_spline = _bend_gradients(h, b.to(gy.dtype), gy, Parameters(*spline, *ctx.grid))
-        gx, ga, gb = factor_gradients(ctx, saved[:6], gy, gz)
+        gx, ga, gb = factor_gradients(ctx, saved[:6], saved[10:], gy, gz)
         parts = of_spline.split_with_sizes([spline[0].shape[0], 1, 1, 1])
         gradients = [
             part.to(parameter.dtype) if needed else None
@@ -92,7 +99,7 @@ class LSLoraLinear(torch.autograd.Function):
                 parts, spline, ctx.needs_input_grad[7:11], strict=True
             )
         ]
-        return gx, None, None, ga, gb, None, None, *gradients, None
+        return gx, None, None, ga, gb, None, None, *gradients, None, None
 
 
 def ls_lora_linear(
@@ -125,5 +132,6 @@ def ls_lora_linear(
             spline.output_scale,
             spline.gate,
             (spline.k_min, spline.k_max, spline.boundary == "clamp"),
+            Remade.of(x) if cast is x else None,
         )
     return y.view(*x.shape[:-1], weight.shape[0])
