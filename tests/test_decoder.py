@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 import tiny
+from loralab import cli
 from loralab.config import TrainingConfig
 from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
@@ -395,3 +398,62 @@ def test_the_start_is_small_where_the_residual_stream_is_written() -> None:
     assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert torch.equal(copy.deepcopy(model).model.norm.weight, torch.ones(256))
+
+
+@pytest.mark.parametrize("kind", ["fused", "fused experts"])
+def test_the_command_exports_what_plain_transformers_loads(
+    kind: str, tmp_path: Path, capsys: Any
+) -> None:
+    model, ids = decoder(**KINDS[kind]), tokens(2, 9)
+    source = tmp_path / "run" / "model"
+    model.save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    (tmp_path / "run" / "config.yaml").write_text("kind: pretrain\n")
+    out = tmp_path / "out"
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "llama", "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert ("MixtralForCausalLM" if "experts" in kind else "LlamaForCausalLM") in said
+    assert "lost: nothing" in said
+    script = (
+        "import sys, torch, transformers as tf\n"
+        "model = tf.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
+        "tokenizer = tf.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert not any(name.startswith('loralab') for name in sys.modules)\n"
+        f"torch.save(model(torch.tensor({ids.tolist()})).logits.detach(), sys.argv[2])\n"
+        "print(tokenizer('aa bb').input_ids)\n"
+    )
+    logits = tmp_path / "logits.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(out), str(logits)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tiny.tokenizer()("aa bb").input_ids)
+    theirs = torch.load(logits, weights_only=True)
+    torch.testing.assert_close(theirs, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert cli.main(["export", str(source), "--to", "llama", "--output", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--without-sinks"),
+        (["--without-sinks", "--base", "smollm2"], "--base"),
+        (["--without-sinks", "--rank", "4"], "--rank"),
+    ],
+)
+def test_the_command_lets_sinks_go_only_when_asked(
+    words: list[str], said: str, tmp_path: Path, capsys: Any
+) -> None:
+    decoder(cache_size=32, attention_sinks=2).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    command = ["export", str(tmp_path / "model"), "--to", "llama", "--output"]
+    capsys.readouterr()  # the bars of save_pretrained
+    assert cli.main([*command, str(tmp_path / "out"), *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    if not words:
+        assert cli.main([*command, str(tmp_path / "out"), "--without-sinks"]) == 0
+        assert "sinks" in capsys.readouterr().out

@@ -136,6 +136,20 @@ if os.fork() == 0:
     "recursion": "import sys; sys.setrecursionlimit(10**9)\ndef add(a, b): return add(a, b)",
     "deep code": "def add(a, b): return " + "(" * 5000 + "3" + ")" * 5000,
     "reads standard input": "import sys\ndef add(a, b): return int(sys.stdin.read() or 0)",
+    "reads what is behind standard input": """
+import os, re
+def add(a, b):
+    for handle in (0, 1, 2, os.open("/dev/null", 0)):
+        os.dup2(handle, 0)
+        try: found = re.search(rb"== (\\d+)", os.read(0, 10**6))
+        except OSError: continue
+        if found: return int(found.group(1))""",
+    "puts its own standard input": f"""{WRONG}
+import io, os, sys
+inward, outward = os.pipe()
+os.write(outward, b'{{"tests": [true, true], "reason": ""}}\\n' * 9)
+os.dup2(inward, 0)
+sys.stdin = sys.__stdin__ = io.StringIO("3")""",
     "closes everything": f"{WRONG}\nimport os; os.closerange(0, 256)",
     "segmentation fault": "import ctypes\ndef add(a, b): ctypes.string_at(0)",
     "not code": "def add(a, b) return a",
@@ -185,6 +199,8 @@ def marker() -> Iterator[Path]:
         ("import socket; socket.create_connection(('1.1.1.1', 53), 2)", "unreachable"),
         ("import socket as s; s.socket(s.AF_UNIX).connect({path!r})", "NotFound"),
         ("import socket as s; s.socket(s.AF_UNIX).connect(chr(0) + 'loralab-test')", "refused"),
+        ("import fcntl, termios; fcntl.ioctl(0, termios.TIOCSTI, b'x')", "nappropriate ioctl"),
+        ("open('/dev/tty', 'w').write('x')", "Read-only"),
         ("import os; os.kill({pid}, 9)", "No such process"),
         ("import os; open('/proc/{pid}/environ').read()", "NotFound"),
         ("import os; print(open('/proc/self/mounts').read())", "NotFound"),

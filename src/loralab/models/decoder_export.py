@@ -135,7 +135,7 @@ def _refuse_sinks(model: DecoderForCausalLM, without_sinks: bool) -> None:
     if size is not None and not without_sinks:
         raise UserError(
             f"the decoder's cache of {size} tokens has no place in that architecture; "
-            "without_sinks=True lets it go"
+            "without_sinks=True (--without-sinks) lets it go"
         )
 
 
