@@ -15,6 +15,7 @@ from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import flatten, pad
+from loralab.gradient.layers import fused_layers
 from loralab.gradient.rows import Row
 from loralab.rollouts import stable_hash
 
@@ -30,6 +31,7 @@ def own_step(model: Any, fast: bool) -> Iterator[bool]:
         if flat:
             stack.enter_context(loss.labelled_head(model))
             stack.enter_context(attention.named_attention(model, attention.NAME))
+            stack.enter_context(fused_layers(model))
         yield flat
 
 
