@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from loralab import cli
-from loralab.bench import curves, dpo, own_steps, plain_loops, pretrain, sft, step_page, trl_peers
+from loralab.bench import (
+    curves,
+    dpo,
+    own_steps,
+    plain_loops,
+    pretrain,
+    sft,
+    step_page,
+    trl_peers,
+    workers,
+)
 from loralab.bench.floor import Gemm, least, lora_flops
 from loralab.bench.gate import Gate, NoMoreLaps, Seen
 from loralab.bench.nano_gpt import NanoGPT
 from loralab.bench.timing import Lap, Timed
 from loralab.bench.work import Work, write_rows
-from loralab.bench.workers import Race, StepLap, Way, Worker, chosen, same_rows
+from loralab.bench.workers import Race, StepLap, Way, Worker, chosen, race, same_rows
 from loralab.errors import UserError
 from loralab.gradient.collate import as_row, flatten, pad
 from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
@@ -221,10 +231,47 @@ def test_a_worker_trains_in_a_process_of_its_own(tmp_path: Path, llama: str) -> 
     assert [first.tokens, second.tokens] == [lap["tokens"] for lap in here]
     assert second.losses == pytest.approx(here[1]["losses"], abs=1e-6)
     assert 0.1 < first.peak_gb <= second.peak_gb < 5
-    with pytest.raises(UserError, match="no such file"):
-        Worker(Way("", "loralab.bench.plain_loops:peft"), replace(work, model="./not/there"))
-    with pytest.raises(RuntimeError, match=r"it ended: .*no_such"):
-        Worker(Way("", "loralab.bench.plain_loops:no_such"), work)
+
+
+def test_a_worker_that_cannot_train_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    work = work_on(tmp_path, "model", instructions())
+    for script, error, match in (
+        ('print("""{"error": "no compiler"}""")', UserError, "no compiler"),
+        ('import sys; sys.exit("ImportError: no trl")', RuntimeError, "it ended: ImportError: no"),
+        ("", RuntimeError, "it wrote nothing"),
+    ):
+        monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-S", "-c", script))
+        with pytest.raises(error, match=match):
+            Worker(Way("a way", "module:function"), work)
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-S", "-c", ANSWERS))
+    ways = {"a": Way("", "a"), "lame": Way("", "lame"), "b": Way("", "b")}
+    said: list[str] = []
+    done = race(ways, work, 2, 3, 1, said.append, {"gemm": lambda: Lap(0.0, 1.0, 1.0, 5)})
+    assert list(done.timed) == ["a", "b", "gemm"]
+    assert done.skipped == {"lame": "not here"}
+    assert done.peaks == {"a": 2.0, "b": 2.0}
+    assert [lap.losses for lap in done.laps("b")] == [(3.0,), (3.0,)]
+    turns = [line.split(":")[0] for line in said if line[0].isdigit()]
+    assert turns == ["1 a", "1 b", "1 gemm", "2 a", "2 b", "2 gemm"]
+
+
+ANSWERS = """
+import json, sys
+for line in sys.stdin:
+    order = json.loads(line)
+    lap = {"run": 2.0, "cpu": 1.0, "tokens": 9, "learned": 4, "checksum": 7, "losses": [3.0]}
+    if order.get("way") == "lame":
+        said = {"error": "not here"}
+    elif "way" in order:
+        said = {"ready": True, "peak_gb": 1.0}
+    else:
+        assert order == {"warm": 1, "steps": 3}
+        said = {**lap, "peak_gb": 2.0}
+    print(json.dumps(said), flush=True)
+"""
+"""A worker that answers as told."""
 
 
 def lap_of(**values: Any) -> StepLap:
@@ -285,8 +332,8 @@ def test_page_has_ratios_of_speed_and_memory() -> None:
         "trl": Timed((lap_of(cpu=8.0), lap_of(cpu=40.0), lap_of(cpu=6.0))),
         "loralab": Timed((lap_of(cpu=2.0), lap_of(cpu=4.0), lap_of(cpu=2.0, run=0.5))),
     }
-    race = Race(timed, {"trl": 4.0, "loralab": 1.0}, {"loralab-native": "no compiler"})
-    section = step_page.speed(race, sft.WAYS, {"trl": "TRL", "trl-labelled": "TRL patched"})
+    done = Race(timed, {"trl": 4.0, "loralab": 1.0}, {"loralab-native": "no compiler"})
+    section = step_page.speed(done, sft.WAYS, {"trl": "TRL", "trl-labelled": "TRL patched"})
     assert section.columns[3:6] == ["x TRL", "peak GB", "of TRL's"]
     assert section.rows[1][:2] == ["loralab, plain PyTorch", 50.0]
     assert section.rows[1][3:6] == ["4.00", "1.00", "0.25"]
@@ -309,7 +356,7 @@ def test_curves_are_compared_with_the_reference_in_float32() -> None:
 def test_command_line_writes_the_page(
     llama: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def race(ways: Mapping[str, Way], work: Work, *_: Any) -> Race:
+    def run_race(ways: Mapping[str, Way], work: Work, *_: Any) -> Race:
         assert work.steps == 1
         assert len(work.records()) == 4
         timed = {name: Timed((lap_of(),)) for name in ways}
@@ -317,7 +364,7 @@ def test_command_line_writes_the_page(
         return Race({**timed, sft.GEMM: gemm}, dict.fromkeys(ways, 1.0), {})
 
     monkeypatch.setattr(sft, "pin", lambda core: core)
-    monkeypatch.setattr(step_page, "race", race)
+    monkeypatch.setattr(step_page, "race", run_race)
     monkeypatch.chdir(tmp_path)
     rows = [{"question": f"aa bb {i}", "answer": f"cc dd {i}\n#### {i}"} for i in range(5)]
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -174,6 +175,8 @@ def main(
     run: gets the options that were given, and where to say how it goes.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    # A plain kill must still end the workers.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     values = vars(parser.parse_args(given))
     is_quick, out, file = (values.pop(key) for key in ("quick", "out", "json"))
     chosen = {

@@ -20,6 +20,8 @@ from loralab.bench.timing import Lap, Timed, take_turns
 from loralab.bench.work import Work
 from loralab.errors import UserError
 
+COMMAND = (sys.executable, "-m", "loralab.bench.worker")
+
 Say = Callable[[str], None]
 
 
@@ -55,7 +57,7 @@ class Worker:
     def __init__(self, way: Way, work: Work) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  open while the process runs
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loralab.bench.worker"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -80,7 +82,7 @@ class Worker:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
