@@ -61,9 +61,10 @@ def lines() -> list[Line]:
         Line("countdown", "", (0, 3), 100, 160, correct, {"examples": 500}),
         Line("conciseness", "", (0, 2), 8, 64, ("reward", "correct")),
         Line("humaneval", "humaneval", (None,), 164, 200, correct),
+        Line("humaneval", "humaneval", (None,), 164, 200, correct, {"style": "chat"}),
         Line("humaneval", "humaneval", (None,), 40, 200, ("pass@1", "pass@5"), samples=5),
         Line("mbpp", "mbpp", (0, 3), 100, 150, correct),
-        Line("sst2", "sst2", (0, 8), 300, 6, ("accuracy", "f1")),
+        Line("sst2", "sst2", (0, 8), 300, 16, ("accuracy", "f1")),
         Line("samsum", "samsum", (0, 2), 100, 60, ("rouge1", "rouge2", "rougeL")),
         *(
             Line("choice", "commonsense", (0, 3), 100, 16, correct, {"dataset": name})
@@ -202,8 +203,8 @@ class _Bench:
 
 
 def _name(line: Line) -> str:
-    dataset = line.options.get("dataset")
-    return line.task if dataset is None else f"{line.task}-{dataset}"
+    told = (line.options[key] for key in ("dataset", "style") if key in line.options)
+    return "-".join([line.task, *map(str, told)])
 
 
 def _task_options(line: Line, shots: int | None, data: Path) -> dict[str, Any]:
