@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 import tiny
 from loralab.adapters import LSLoraConfig
+from loralab.engines.native import build
 from loralab.gradient import fast
 from loralab.gradient.attention import NAME, named_attention, sequence_attention
 from loralab.gradient.collate import flatten, pad
@@ -51,7 +54,7 @@ def results(operation: Operation, inputs: Sequence[Tensor], dtype: torch.dtype) 
 
 
 def off(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
+    return float((found.double() - exact).norm() / exact.double().norm())
 
 
 def fused() -> Any:
@@ -400,3 +403,41 @@ def test_inputs_that_can_be_made_again_are_not_kept(
         # All norms' outputs and activations but for one input more, the embeddings.
         tokens, layers = 50, 2
         assert large - small > 0.99 * 4 * tokens * (layers * (2 * 128 + 96) - 128)
+
+
+@pytest.mark.parametrize("flag", ["-march=x86-64-v3", "-march=x86-64"])
+def test_kernels_for_lesser_processors_agree(flag: str, tmp_path: Path) -> None:
+    if "x86" not in build.platform.machine():
+        pytest.skip("the flags are for x86-64")
+    lengths, layers = (1, 7, 70), native.kernels()
+    made = []
+    for module in (native, native_attention):
+        target = tmp_path / f"{module.__name__}.so"
+        build.compile_library(build.find_compiler(), target, flag, module.SOURCE)
+        made.append(module.declare(ctypes.CDLL(str(target))))
+    lesser, kernel = native.LayerKernels(made[0]), native_attention.AttentionKernel(made[1])
+    here = native_attention.kernel()
+    assert layers is not None
+    assert here is not None
+    x, weight, gy = (draw(9, 48, seed=n).bfloat16() for n in range(3))
+    y, inverse = lesser.norm_forward(x, weight[0].float(), 1e-5)
+    assert off(y, layers.norm_forward(x, weight[0].float(), 1e-5)[0]) < 1e-3
+    found = lesser.norm_backward(x, weight[0].float(), inverse, gy, True)
+    wanted = layers.norm_backward(x, weight[0].float(), inverse, gy, True)
+    assert all(off(a, b) < 1e-3 for a, b in zip(found, wanted, strict=True))  # type: ignore[arg-type]
+    assert off(lesser.swiglu_forward(x, weight), layers.swiglu_forward(x, weight)) < 1e-3
+    logits, targets = draw(4, 35), torch.tensor([0, 34, 7, 12])
+    assert (
+        off(
+            lesser.cross_entropy(logits.clone(), targets, True),
+            layers.cross_entropy(logits.clone(), targets, True),
+        )
+        < 1e-6
+    )
+    q, k, v = (t.bfloat16() for t in heads(48, lengths))
+    out, sums = kernel.forward(q, k, v, 0.3, lengths)
+    assert off(out, here.forward(q, k, v, 0.3, lengths)[0]) < 2e-3
+    of_out = draw(*q.shape, seed=4).bfloat16()
+    inputs = (q, k, v, 0.3, lengths, out, sums, of_out)
+    for a, b in zip(kernel.backward(*inputs), here.backward(*inputs), strict=True):
+        assert off(a, b) < 3e-3
