@@ -84,7 +84,7 @@ def start(config: AnyConfig, directory: Path, on_event: OnEvent) -> tuple[Run, R
     if isinstance(config, PipelineConfig) and (directory / "config.yaml").exists():
         return resume(directory, config, on_event)
     existed = directory.exists()
-    _join(config)
+    _join(config, on_event)
     run = _led(lambda: Run.create(directory, config.to_dict()))
     try:
         return run, _finish(config, run, on_event)
@@ -106,7 +106,8 @@ def resume(directory: Path, config: AnyConfig | None, on_event: OnEvent) -> tupl
     changing = isinstance(config, PipelineConfig)
     values = None if config is None else config.to_dict()
     if ranks.world() > 1:
-        _join(configs.parse(Run.open(directory).config, str(directory / "config.yaml")))
+        stored = configs.parse(Run.open(directory).config, str(directory / "config.yaml"))
+        _join(stored, on_event)
     with _led(lambda: Run.resume(directory, None if changing else values)) as run:
         if changing and values is not None:
             _renew(run, values)
@@ -132,15 +133,22 @@ def _renew(run: Run, values: dict[str, Any]) -> None:
     run.config = values
 
 
-def _join(config: AnyConfig) -> None:
+def _join(config: AnyConfig, on_event: OnEvent) -> None:
     """Meet the processes that were launched beside this one, if there are any."""
     world = ranks.world()
     if world == 1:
+        if ranks.left_alone():
+            on_event(Notice("accelerate launch started one process; more need --multi_gpu"))
         return
     if config.kind not in TOGETHER:
         raise UserError(
             f"kind: {config.kind} runs in one process, not in {world}: start it without accelerate "
             f"launch (several processes train {', '.join(TOGETHER)})"
+        )
+    if wanted := ranks.sharding():
+        raise UserError(
+            f"{wanted} gives each process a part of the weights, and process 0 evaluates and saves "
+            "with the whole: launch with --multi_gpu instead, or see docs/distributed.md"
         )
     from loralab.models.load import pick_device
 

@@ -30,6 +30,24 @@ def rank() -> int:
     return int(os.environ["RANK"]) if world() > 1 else 0
 
 
+def left_alone() -> bool:
+    """Whether `accelerate launch --num_processes N` started this process alone.
+
+    So it does where it sees no several GPUs and is not given --multi_gpu (Accelerate 1.15).
+    """
+    names = ("MASTER_ADDR", "ACCELERATE_MIXED_PRECISION")
+    return "RANK" not in os.environ and all(name in os.environ for name in names)
+
+
+def sharding() -> str | None:
+    """What the launcher wants the weights cut up by, if anything."""
+    wanted = ("FSDP", "DeepSpeed")
+    return next(
+        (n for n in wanted if os.environ.get(f"ACCELERATE_USE_{n.upper()}", "").lower() == "true"),
+        None,
+    )
+
+
 def join(on_cpu: bool) -> None:
     """Meet the other processes. on_cpu: no GPU is used, though there may be one."""
     if world() == 1:

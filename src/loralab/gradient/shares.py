@@ -72,7 +72,7 @@ def shared_loader(
         return {**batch, BLANK: True}
 
     shares = Shares(BatchSampler(sampler, batch_size, drop_last=False), rank, world)
-    loader: Any = DataLoader(rows, batch_sampler=shares, collate_fn=given)  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows, batch_sampler=shares, collate_fn=given)
     return prepare_data_loader(
         loader,
         device=device,
