@@ -21,6 +21,7 @@ from loralab.engines.base import Completion, Request
 from loralab.errors import UserError
 from loralab.evaluate import Evaluation, engine_of, evaluate
 from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
+from loralab.models.load import load
 from loralab.run import Run
 from loralab.subject import subject_of
 from loralab.tasks.base import Example, Prompt, Score, Split
@@ -309,6 +310,35 @@ def test_a_nonlinear_adapter_is_evaluated_as_it_is(model: str, tmp_path: Path) -
     assert done.tokens == tuple(wanted[0, ids.shape[1] :].tolist())
     base, _ = engine_of(subject_of(model, None, "float32", "cpu"))
     assert base.generate([Request("ab cd ef")])[0].tokens != done.tokens
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_a_run_on_a_quantised_base_is_evaluated_on_that(bits: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    config = tiny.CONFIGS["llama"]()
+    config.intermediate_size = 128  # widths that bitsandbytes' CPU kernels take
+    torch.manual_seed(0)
+    whole = LlamaForCausalLM(config)
+    for parameter in whole.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model = str(tmp_path / "model")
+    whole.save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    run = a_run(tmp_path / "run", model=model, quantization=bits)
+    tiny.adapter(whole, 3, size=1.0).save(run / "adapter")
+    engine, name = engine_of(subject_of(str(run), device="cpu"))
+    [done] = engine.generate([Request("ab cd ef", name)])
+    base, _ = load(model, "float32", quantization=bits)
+    by_peft = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
+    ids = tiny.tokenizer()("ab cd ef", return_tensors="pt").input_ids
+    wanted = by_peft.generate(input_ids=ids, max_new_tokens=64, do_sample=False)
+    assert done.tokens == tuple(wanted[0, ids.shape[1] :].tolist())
+    with by_peft.disable_adapter():
+        plain = by_peft.generate(input_ids=ids, max_new_tokens=64, do_sample=False)
+    assert wanted.tolist() != plain.tolist()
 
 
 def test_other_runs_say_what_the_adapter_is_for(model: str, tmp_path: Path) -> None:

@@ -53,7 +53,13 @@ class Subject:
         complaint = f"adapter {self.adapter!r} is not for model {self.model!r}"
         if state is not None:
             _check_fit(state, model, complaint)
-            return Opened(model, tokenizer, state, False)
+            if self.quantization is None:
+                return Opened(model, tokenizer, state, False)
+            # The engines' own LoRA layers read a dense weight; PEFT has some for these.
+            from peft import PeftModel
+
+            PeftModel.from_pretrained(model, self.adapter).eval()
+            return Opened(model, tokenizer, None, True)
         from loralab.adapters.interop.nonlinear import open_nonlinear
 
         try:
@@ -66,8 +72,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Opened:
-    """A subject in memory. state: a plain LoRA adapter beside the model. changed: an adapter of
-    another kind is in the model's own modules."""
+    """A subject in memory. state: a plain LoRA adapter beside the model. changed: an adapter is in
+    the model's own modules, because it is of another kind or the model is quantised."""
 
     model: Any
     tokenizer: Any
