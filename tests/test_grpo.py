@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import tiny
 from loralab import pipeline
@@ -139,10 +140,62 @@ def test_two_updates_on_one_batch_are_those_of_the_formula(
     assert abs(float(unclipped - clipped)) > 1e-4
 
 
+def test_the_second_update_holds_back_the_tokens_that_a_count_by_hand_finds() -> None:
+    policy = PolicyConfig(updates=2, clip=0.05, clip_high=0.02, micro_batch=None)
+    settings = TrainingConfig(
+        steps=2, batch_size=3, lr=0.05, optimizer="sgd", schedule="constant", max_grad_norm=0.0
+    )
+    plain, ended = peft_model(moved=0.05), peft_model(moved=0.05)
+    rows, gains = [], []
+    for group in some_groups():
+        of_group = advantages([one.reward for one in group], "group")
+        learned = [(one.row, gain) for one, gain in zip(group, of_group, strict=True) if gain]
+        rows += [row for row, _ in learned]
+        gains += [gain for _, gain in learned]
+    with torch.no_grad():
+        old = [token_log_probs(plain, row, 1.0) for row in rows]
+    # One step of plain gradient descent; in it all ratios are 1, and nothing is clipped.
+    tokens = sum(one.row.learned for group in some_groups() for one in group)
+    first = -sum(
+        gain * token_log_probs(plain, row, 1.0).sum() for row, gain in zip(rows, gains, strict=True)
+    )
+    (first / tokens).backward()
+    for parameter in plain.parameters():
+        if parameter.grad is not None:
+            parameter.data -= 0.05 * parameter.grad
+            parameter.grad = None
+    held, total = [], torch.zeros(())
+    for row, gain, before in zip(rows, gains, old, strict=True):
+        ratio = (token_log_probs(plain, row, 1.0) - before).exp()
+        # A ratio past the clip counts as a number, without a gradient, where it went the way
+        # that its advantage asks for: up for a good answer, down for a bad one.
+        out = (ratio > 1.02) if gain > 0 else (ratio < 0.95)
+        held += out.tolist()
+        limit = 1.02 if gain > 0 else 0.95
+        total = total - gain * torch.where(out, torch.tensor(limit), ratio).sum() / tokens
+    total.backward()
+    norm = torch.stack([p.grad.norm() for p in plain.parameters() if p.grad is not None]).norm()
+
+    steps: list[dict[str, float]] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                steps.append(dict(logs))
+
+    train_policy(
+        ended, tiny.tokenizer(), lambda model, number: some_groups(), settings, policy, 0,
+        callbacks=[Watch()],
+    )  # fmt: skip
+    assert 0 < sum(held) < len(held)
+    assert [row["clipped"] for row in steps] == pytest.approx([0, sum(held) / len(held)])
+    assert steps[1]["loss"] == pytest.approx(float(total), abs=2e-5)
+    assert steps[1]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+
+
 @pytest.mark.parametrize("init", ["zero_b", "pissa", "olora"])
 def test_the_divergence_from_the_true_base_begins_at_zero(init: str) -> None:
     found: list[dict[str, float]] = []
-    from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -28,6 +28,7 @@ class TrainingConfig(Section):
     adafactor ...). packing: rows share a batch place, up to max_length tokens, without seeing each
     other. fast: our step (the loss on learned tokens alone, no padding, fused LoRA) where the
     model allows it. save_every: steps between checkpoints, from which a killed run goes on.
+    report_to: trackers that get each step's numbers too; they have to be installed.
     """
 
     steps: Positive | None = None
@@ -46,7 +47,9 @@ class TrainingConfig(Section):
     fast: bool = True
     log_every: Positive = 1
     save_every: Positive = 100
-    report_to: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)
+    ] = ()
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil, isfinite
 from pathlib import Path
 from statistics import fmean
@@ -112,6 +113,12 @@ def arguments(
         if settings.steps is not None
         else {"num_train_epochs": settings.epochs}
     )
+    for tracker in settings.report_to:
+        if find_spec(tracker) is None:
+            raise UserError(
+                f"training.report_to: {tracker} is not installed; pip install {tracker}, or leave "
+                "it out"
+            )
     schedule = settings.schedule
     if schedule == "constant" and settings.warmup:
         schedule = "constant_with_warmup"  # type: ignore[assignment]
