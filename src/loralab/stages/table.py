@@ -19,7 +19,8 @@ def rows(config: PipelineConfig, run: Run, left: Mapping[str, Left]) -> dict[str
 
     columns: names of what was measured, in order. unfinished: stages that are not there yet. rows:
     by stage; stage, kind, directory,
-    parameters (of the model that the stage leaves, None where nothing counted them), trained
+    parameters (of the model measured, else of the one trained or under the adapter, None where that
+    is no directory here), trained
     (numbers that it changed), measures, result (its own report in a line). Models that no stage
     left, such as a base, come first.
     """
@@ -42,7 +43,7 @@ def rows(config: PipelineConfig, run: Run, left: Mapping[str, Left]) -> dict[str
     for name, stage in config.parsed().items():
         if not isinstance(stage, EvalConfig) and name in left:
             place = left[name].directory
-            found = by_stage.get(name) or [{"parameters": None, "measures": {}}]
+            found = by_stage.get(name) or [{"parameters": _whole(left[name]), "measures": {}}]
             own = {
                 "stage": name,
                 "kind": stage.kind,
@@ -80,6 +81,13 @@ def _origin(stage: EvalConfig, model: str) -> str | None:
     """The stage that the model under this name is from: its adapter's, else its model's."""
     found = {r.key: r.stage for r in references(stage.to_dict(), stage.name)}
     return found.get(f"models.{model}.adapter") or found.get(f"models.{model}.model")
+
+
+def _whole(stage: Left) -> int | None:
+    for folder in (stage.directory / "model", Path(stage.config.model)):
+        if folder.is_dir():
+            return numbers_in(folder)
+    return None
 
 
 def _trained(place: Path) -> int | None:
