@@ -13,8 +13,12 @@ import torch
 
 import tiny
 from loralab.adapters.state import AdapterState, Factors
-from loralab.bench import inits
-from loralab.bench.init_trial import Budget, Kind, Lab, effective_rank, run_trial
+from loralab.bench import init_memory, inits
+from loralab.bench.init_lab import KINDS, Budget, Kind, Lab
+from loralab.bench.init_measures import effective_rank
+from loralab.bench.init_table import table, write
+from loralab.bench.init_trial import run_trial
+from loralab.bench.timing import peak_rss_gb
 from loralab.errors import UserError
 
 SMALL = Budget(
@@ -67,7 +71,7 @@ def test_a_trial_measures_everything_and_goes_into_the_table(kind: Kind, lab: La
     made = inits.record(lab, kind, row)
     assert json.loads(json.dumps(made)) == made
     assert set(made) == {"run_info", "train_info", "meta_info", "loralab"}
-    known = replace(inits.KINDS[0], label=kind.label)
+    known = replace(KINDS[0], label=kind.label)
     assert known.label == row["label"]
 
 
@@ -87,14 +91,20 @@ def test_the_table_holds_means_and_deviations_over_seeds(tmp_path: Path) -> None
     rows = [trial("zero_b", 0), trial("zero_b", 1), trial("mica", 0)]
     rows[0]["loralab"]["conciseness"] = {"start": -10.0, "final": -2.0, "train_last": -3.0}
     page = tmp_path / "page.md"
-    inits.table(rows, Budget(), "the command").write(page)
+    page.write_text("# How\n\nAdvice.\n\n## Measured\n\n- Command: an old one\n\nold numbers\n")
+    write(table(rows, {"zero_b": 1.25}, Budget(), "`the command`"), page)
     text = page.read_text()
+    assert text.startswith("# How\n\nAdvice.\n\n## Measured\n\n- Command: `the command`\n")
+    assert "old" not in text
     assert "(0.60 to its own)" in text
-    assert "| zero_b | 0.5 | 75% | 30 | 0.7 | 0% | 0.1 | 2 |" in text
+    assert "| zero_b | 0.5 | 75% | 30 | 0.7 | 0% | 0.1 | 2 | 1.25 |" in text
+    assert "| mica | 0.5 | 75% | 30 | 0.7 | 0% | 0.1 | 2 | - |" in text
     assert "1.5000 ± 0.7071" in text
     assert "-10.0 ± 0.0 | -2.0 ± 0.0 | -3.0 ± 0.0 | - | - | - |" in text
     assert text.count("| mica |") == 2, "no row among the evolved"
-    assert json.loads(page.with_suffix(".json").read_text())["trials"] == rows
+    raw = json.loads((tmp_path / "bench-inits.json").read_text())
+    assert raw["trials"] == rows
+    assert raw["peak_gb"] == {"zero_b": 1.25}
 
 
 def test_a_stopped_benchmark_goes_on_with_what_is_missing(
@@ -117,6 +127,41 @@ def test_a_stopped_benchmark_goes_on_with_what_is_missing(
     assert str(tmp_path) not in (tmp_path / "page.md").read_text(), "no path of a machine"
     with pytest.raises(UserError, match="no row 'evaa'"):
         inits.main([*words[:4], "--inits", "evaa"])
+
+    # The memory of a row is measured once, and the trials and their command stay on the page.
+    before = (tmp_path / "page.md").read_text()
+    asked: list[str] = []
+
+    def peak(_: Lab, kind: Kind) -> float:
+        asked.append(kind.label)
+        return 1.5
+
+    monkeypatch.setattr(inits, "peak_in_child", peak)
+    for _ in range(2):
+        assert inits.main([*words[2:], "--memory"]) == 0
+    assert asked == ["tiny", "eva"]
+    after = (tmp_path / "page.md").read_text()
+    assert after.count("| 1.5 |") == 2
+    assert after.replace("| 1.5 |", "| - |").split("## At")[1] == before.split("## At")[1]
+    assert after.split("- Machine")[0] == before.split("- Machine")[0]
+    # Without its working directory it goes on from what the page's raw data holds.
+    (tmp_path / "trials.jsonl").unlink()
+    assert inits.main([*words[2:], "--table-only"]) == 0
+    assert (tmp_path / "page.md").read_text() == after
+    with pytest.raises(UserError, match="--wikitext is missing"):
+        inits.main(words[2:])
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_start_is_that_of_its_own_process(lab: Lab, tmp_path: Path) -> None:
+    tiny.adapter(tiny.model("llama"), seed=1, rank=8).save(tmp_path / "trained")
+    [kind] = [kind for kind in KINDS if kind.label == "warm_start"]
+    held = torch.ones(300_000_000)
+    peak = init_memory.peak_in_child(replace(lab, trained=tmp_path / "trained"), kind)
+    assert 0.1 < peak < peak_rss_gb() - 1, "not that of the process that asks"
+    del held
+    with pytest.raises(UserError, match=r"the memory of warm_start failed: .*nowhere"):
+        init_memory.peak_in_child(replace(lab, trained=tmp_path / "nowhere"), kind)
 
 
 def test_the_effective_rank_is_that_of_the_product() -> None:

@@ -12,76 +12,58 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from loralab import durable
-from loralab.bench.init_trial import Budget, Kind, Lab, run_trial
-from loralab.bench.table import Cell, Section, Table
+from loralab.bench.init_lab import KINDS, Budget, Kind, Lab
+from loralab.bench.init_memory import peak_in_child
+from loralab.bench.init_table import command_on, published, table, write
+from loralab.bench.init_trial import run_trial
 from loralab.bench.timing import machine, versions
 from loralab.errors import UserError
 
-PAGE = Path("docs/bench-inits.md")
-KINDS = (
-    Kind("zero_b", "zero_b"),
-    Kind("gaussian (PEFT)", "gaussian"),
-    Kind("tiny", "tiny"),
-    Kind("random", "random"),
-    Kind("orthogonal", "orthogonal"),
-    Kind("orthogonal_negative", "orthogonal_negative"),
-    Kind("output_match", "output_match"),
-    Kind("output_match, gradient", "output_match", {"method": "gradient"}),
-    Kind("svd_delta", "svd_delta", {"reference": lambda lab: lab.merged_reference}),
-    Kind("warm_start", "warm_start", {"path": lambda lab: str(lab.reference)}),
-    Kind("progressive", "progressive", {"steps": 6}, evolves=False),
-    Kind("pissa", "pissa"),
-    Kind("olora", "olora"),
-    Kind("eva", "eva"),
-    Kind("corda", "corda"),
-    Kind("lora_ga", "lora_ga"),
-    Kind("mica", "mica", evolves=False),
-    Kind("loftq (base becomes nf4)", "loftq", evolves=False),
-    Kind("nf4 base: zero_b", "zero_b", quantization="nf4", evolves=False),
-    Kind(
-        "nf4 base: loftq", "loftq", {"reference": lambda lab: lab.full_precision}, "nf4", False
-    ),
-    Kind(
-        "nf4 base: quantization_match",
-        "quantization_match",
-        {"reference": lambda lab: lab.full_precision},
-        "nf4",
-        False,
-    ),
-)  # fmt: skip
+PAGE = Path("docs/initialisation.md")
+_TRIALS, _MEMORY = "trials.jsonl", "memory.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, measure, write the page and its JSON."""
     parser = argparse.ArgumentParser(prog="loralab bench inits", description=__doc__)
     parser.add_argument("--gsm8k", default="openai/gsm8k", metavar="PATH", help="file, folder, hub")
-    parser.add_argument("--wikitext", required=True, metavar="FILE", help="WikiText-2 test.txt")
+    parser.add_argument("--wikitext", metavar="FILE", help="WikiText-2 test.txt; trials need it")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--inits", metavar="A,B", help="labels of rows; default all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--work", default="runs/bench-inits", metavar="DIR")
     parser.add_argument("--page", default=str(PAGE), metavar="FILE")
-    parser.add_argument("--table-only", action="store_true", help="of the trials that are there")
-    arguments = parser.parse_args(argv)
-    work = Path(arguments.work)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--memory", action="store_true", help="peak memory of each row, in a process of its own"
+    )
+    instead.add_argument("--table-only", action="store_true", help="of the trials that are there")
+    given = parser.parse_args(argv)
+    work, page = Path(given.work), Path(given.page)
     work.mkdir(parents=True, exist_ok=True)
-    log, budget = work / "trials.jsonl", Budget()
-    if not arguments.table_only:
-        kinds = _chosen(arguments.inits)
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        lab = Lab(arguments.model, arguments.gsm8k, Path(arguments.wikitext), budget)
-        _measure(lab, kinds, seeds, log)
-    trials = _read(log)
-    command = "loralab bench inits " + " ".join(_without_machine(argv or sys.argv[1:]))
-    table(trials, budget, command).write(Path(arguments.page))
-    print(f"{len(trials)} trials; {arguments.page}")
+    kinds, budget, command = _chosen(given.inits), Budget(), None
+    if given.memory:
+        # What a reference was trained to does not change the memory of a start from it.
+        brief = replace(budget, sft_steps=1)
+        _measure_memory(Lab(given.model, given.gsm8k, Path(), brief), kinds, work / _MEMORY)
+    elif not given.table_only:
+        if given.wikitext is None:
+            raise UserError("bench inits: --wikitext is missing; expected WikiText-2's test.txt")
+        seeds = [int(seed) for seed in given.seeds.split(",")]
+        lab = Lab(given.model, given.gsm8k, Path(given.wikitext), budget)
+        _measure(lab, kinds, seeds, work / _TRIALS)
+        command = "`loralab bench inits " + " ".join(_without_machine(argv or sys.argv[1:])) + "`"
+    trials = _read(work / _TRIALS) or published(page, "trials", [])
+    peaks = {row["label"]: row["peak_gb"] for row in _read(work / _MEMORY)}
+    peaks = published(page, "peak_gb", {}) | peaks
+    write(table(trials, peaks, budget, command or command_on(page)), page)
+    print(f"{len(trials)} trials; {page}")
     return 0
 
 
@@ -108,6 +90,15 @@ def _measure(lab: Lab, kinds: Sequence[Kind], seeds: Sequence[int], log: Path) -
             f"held-out loss {row['held_out_loss']:.4f}, {row['seconds']:.0f} s",
             flush=True,
         )
+
+
+def _measure_memory(lab: Lab, kinds: Sequence[Kind], log: Path) -> None:
+    done = {row["label"] for row in _read(log)}
+    for number, kind in enumerate(kinds, 1):
+        if kind.label not in done:
+            peak = peak_in_child(lab, kind)
+            durable.append_line(log, {"label": kind.label, "peak_gb": peak})
+            print(f"{number} of {len(kinds)}: {kind.label}: {peak:.2f} GB", flush=True)
 
 
 def record(lab: Lab, kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,132 +158,6 @@ def record(lab: Lab, kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
         },
         "loralab": dict(row),
     }
-
-
-def table(trials: Sequence[Mapping[str, Any]], budget: Budget, command: str) -> Table:
-    """The page: step 0, fine-tuning, evolution; mean ± standard deviation over seeds."""
-    rows = [trial["loralab"] for trial in trials]
-    labels = [kind.label for kind in KINDS if any(r["label"] == kind.label for r in rows)]
-    by = {label: [r for r in rows if r["label"] == label] for label in labels}
-    first = [
-        [
-            label, _mean(by[label], "kl_0"), _share(by[label], "agreement_0"),
-            _mean(by[label], "wiki_perplexity_0"), _mean(by[label], "own_text_nats"),
-            _share(by[label], "garbled"),
-            _mean(by[label], "relative_size"), _mean(by[label], "init_cpu_seconds"),
-        ]
-        for label in labels
-    ]  # fmt: skip
-    tuned = [
-        [
-            label, _at_step(by[label], 4), _at_step(by[label], 8), _at_step(by[label], 12),
-            _pm(by[label], "held_out_loss", 4), _share(by[label], "gsm8k_form"),
-            _share(by[label], "gsm8k"), _mean(by[label], "effective_rank"),
-            _pm(by[label], "forgetting", 4), _mean(by[label], "train_cpu_seconds"),
-        ]
-        for label in labels
-    ]  # fmt: skip
-    evolved = [
-        [
-            label,
-            *(_inner(by[label], "conciseness", k) for k in ("start", "final", "train_last")),
-            *(_inner(by[label], "countdown", k) for k in ("start", "final", "train_last")),
-        ]
-        for label in labels
-        if any(r.get("conciseness") for r in by[label])
-    ]
-    seeds = sorted({r["seed"] for r in rows})
-    facts = {
-        "Command": f"`{command}`",
-        "Machine": machine(),
-        "Seeds": ", ".join(map(str, seeds)),
-        "Trials": ", ".join(f"{label} {len(by[label])}" for label in labels),
-        "Budget": ", ".join(f"{k} {v}" for k, v in asdict(budget).items()),
-        "Versions": ", ".join(f"{k} {v}" for k, v in versions("peft", "torch", "trl").items()),
-    }
-    sections = (
-        Section(
-            "At step 0",
-            "KL from the true base (nats a token, GSM8K test text), agreement of the most likely "
-            "token, perplexity on WikiText-2, nats a token that the base gives to what the start "
-            f"writes ({_number(rows, 'own_text_nats_of_base')} to its own), share of seeds whose "
-            "text is garbled, ||s BA|| / ||W||, processor seconds of the initialisation.",
-            ("start", "KL", "top-1", "perplexity", "own text", "garbled", "size", "init s"),
-            first,
-        ),
-        Section(
-            "SFT on GSM8K",
-            "Training loss at fixed steps, loss on held-out solutions after, share of answers in "
-            "GSM8K's form and right, effective rank of the change, change of the loss on "
-            "WikiText-2 (forgetting), processor seconds of training.",
-            (
-                "start",
-                "loss 4",
-                "loss 8",
-                "loss 12",
-                "held-out loss",
-                "form",
-                "right",
-                "eff. rank",
-                "forgetting",
-                "train s",
-            ),
-            tuned,
-        ),
-        Section(
-            "Evolution",
-            "Held-out reward before and after, and training reward in the last generation: on "
-            "conciseness from the start itself, on countdown after an SFT warm start from it.",
-            (
-                "start",
-                "concise. before",
-                "after",
-                "train",
-                "countdown before",
-                "after",
-                "train",
-            ),
-            evolved,
-            ("Absent rows: what evolution refuses (A = 0, a schedule, a replaced base).",),
-        ),
-    )
-    return Table("Initialisations side by side", facts, sections, {"trials": list(trials)})
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return fmean(values) if values else None
-
-
-def _number(rows: Sequence[Mapping[str, Any]], key: str) -> str:
-    value = _mean(rows, key)
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _share(rows: Sequence[Mapping[str, Any]], key: str) -> str:
-    value = _mean(rows, key)
-    return "-" if value is None else f"{value:.0%}"
-
-
-def _pm(rows: Sequence[Mapping[str, Any]], key: str, digits: int) -> str:
-    return _spread([row[key] for row in rows if row.get(key) is not None], digits)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "-"
-    spread = stdev(values) if len(values) > 1 else 0.0
-    return f"{fmean(values):.{digits}f} ± {spread:.{digits}f}"
-
-
-def _at_step(rows: Sequence[Mapping[str, Any]], step: int) -> Cell:
-    values = [row["losses"][step - 1] for row in rows if len(row["losses"]) >= step]
-    return fmean(values) if values else None
-
-
-def _inner(rows: Sequence[Mapping[str, Any]], outer: str, key: str) -> str:
-    digits = 1 if outer == "conciseness" else 3
-    return _spread([row[outer][key] for row in rows if row.get(outer)], digits)
 
 
 def _read(log: Path) -> list[dict[str, Any]]:
