@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import tiny
+from loralab.adapters import spline_watch
 from loralab.adapters.spline_diagnostics import count_outside, spline_diagnostics, splines
+from loralab.adapters.spline_penalty import spline_regularizer
 from loralab.adapters.spline_watch import (
     TOKENS,
     OutsideSample,
@@ -79,7 +81,10 @@ def scaled_up(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_a_sample_sees_what_the_splines_see_and_leaves_the_forward_alone(patched: bool) -> None:
+def test_a_sample_sees_what_the_splines_see_and_leaves_the_forward_alone(
+    patched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spline_watch, "TOKENS", IDS.numel())
     model = scaled_up()
     with torch.no_grad(), count_outside(model):
         model(input_ids=IDS)
@@ -88,7 +93,6 @@ def test_a_sample_sees_what_the_splines_see_and_leaves_the_forward_alone(patched
     if patched:
         fast.patch(model)
     sample = OutsideSample(model)
-    assert IDS.numel() < TOKENS
     before = model(input_ids=IDS).logits
     sample.begin()
     if patched:
@@ -137,12 +141,18 @@ def test_numbers_of_splines_with_other_grids_stay_their_own() -> None:
     model = adapted(num_knots=4)
     model.add_adapter("other", config(num_knots=7, k_max=5.0, gated=True))
     bend(model)
+    for own in splines(model, "other").values():
+        own.reg_weight = 0.3
+        own.values.data += 0.2
     for adapter, count, top in (("default", 4, 3.0), ("other", 7, 5.0)):
         for name, row in spline_diagnostics(model, adapter).items():
             own = splines(model, adapter)[name]
             v, k = own.values.detach().double().numpy(), np.linspace(-3, top, count)
             assert row["deviation"] == pytest.approx(np.abs(v - k).mean(), rel=1e-5)
             assert ("gate" in row) == (adapter == "other")
+        wanted = float(spline_regularizer(model, adapter))
+        assert SplineWatch(model, adapter).summary()["regularizer"] == pytest.approx(wanted)
+        assert wanted > 1e-4
 
 
 def test_callback_logs_during_and_after_training(tmp_path: Any) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from loralab.adapters.spline import LoraSpline, OutsideCount
 from loralab.adapters.spline_penalty import whole
 from loralab.errors import UserError
+
+Name = TypeVar("Name")
 
 
 def spline_layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
@@ -60,31 +62,51 @@ def spline_diagnostics(model: nn.Module, adapter: str = "default") -> dict[str, 
 
 
 @torch.no_grad()
-def measure(found: dict[str, LoraSpline]) -> dict[str, dict[str, float]]:
+def measure(found: Mapping[str, LoraSpline]) -> dict[str, dict[str, float]]:
     """`spline_diagnostics` of these splines, but for `outside`; those of one grid together."""
-    alike: dict[Any, list[str]] = defaultdict(list)
-    for name, own in found.items():
-        alike[own.num_knots, own.k_min, own.k_max, own.gate is None, own.values.device].append(name)
     measured = {}
-    for names in alike.values():
+    for names in _alike(found):
         for name, numbers in zip(names, _measured([found[name] for name in names]), strict=True):
             measured[name] = numbers
     return {name: measured[name] for name in found}
 
 
-def _measured(alike: list[LoraSpline]) -> list[dict[str, float]]:
-    def stacked(part: str) -> Tensor:
-        return torch.stack([whole(getattr(own, part)) for own in alike]).double()
+@torch.no_grad()
+def regularizer(found: Iterable[LoraSpline]) -> float:
+    """The value of `spline_regularizer` over these splines."""
+    by_name = dict(enumerate(found))
+    total = 0.0
+    for names in _alike(by_name):
+        alike = [by_name[name] for name in names]
+        weights = torch.tensor([own.reg_weight for own in alike], dtype=torch.float64)
+        squares = (_stacked(alike, "values") - alike[0].knots().double()).square().mean(1)
+        total += float((weights * squares.cpu()).sum())
+    return total
 
-    values, knots = stacked("values"), alike[0].knots().double()
+
+def _alike(found: Mapping[Name, LoraSpline]) -> Iterable[list[Name]]:
+    """Names of splines whose parameters can be stacked."""
+    groups: dict[Any, list[Name]] = defaultdict(list)
+    for name, own in found.items():
+        grid = (own.num_knots, own.k_min, own.k_max, own.values.dtype, own.values.device)
+        groups[grid, own.gate is None].append(name)
+    return groups.values()
+
+
+def _stacked(alike: Sequence[LoraSpline], part: str) -> Tensor:
+    return torch.stack([whole(getattr(own, part)) for own in alike]).double()
+
+
+def _measured(alike: Sequence[LoraSpline]) -> list[dict[str, float]]:
+    values, knots = _stacked(alike, "values"), alike[0].knots().double()
     columns = {
         "deviation": (values - knots).abs().mean(1),
         "slope_variance": (values.diff() / knots.diff()).var(1, correction=0),
-        "input_scale": stacked("input_scale")[:, 0],
-        "output_scale": stacked("output_scale")[:, 0],
+        "input_scale": _stacked(alike, "input_scale")[:, 0],
+        "output_scale": _stacked(alike, "output_scale")[:, 0],
     }
     if alike[0].gate is not None:
-        columns["gate"] = stacked("gate")[:, 0]
+        columns["gate"] = _stacked(alike, "gate")[:, 0]
     rows = torch.stack(list(columns.values()), 1).tolist()
     return [dict(zip(columns, row, strict=True)) for row in rows]
 

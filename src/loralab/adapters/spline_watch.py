@@ -18,12 +18,12 @@ from transformers import TrainerCallback
 
 from loralab.adapters.nonlinear import product
 from loralab.adapters.spline import OutsideCount
-from loralab.adapters.spline_diagnostics import measure, spline_layers, splines
-from loralab.adapters.spline_penalty import spline_regularizer, whole
+from loralab.adapters.spline_diagnostics import measure, regularizer, spline_layers, splines
+from loralab.adapters.spline_penalty import whole
 
 SPACING = 10
 """Steps from one sample of the inputs to the next, at least."""
-TOKENS = 64
+TOKENS = 16
 """Looked at of each forward pass of a layer, about: evenly spread over the batch."""
 
 
@@ -96,7 +96,6 @@ class SplineWatch:
     def __init__(self, model: nn.Module, adapter: str = "default", log_every: int = 1) -> None:
         self._every = log_every * ceil(SPACING / log_every)
         self.history: list[dict[str, float]] = []
-        self._model, self._adapter = model, adapter
         self._splines = splines(model, adapter)
         self._sample = OutsideSample(model, adapter)
         self._sampling = False
@@ -134,7 +133,6 @@ class SplineWatch:
             for name, numbers in measure(self._splines).items()
         }
 
-    @torch.no_grad()
     def summary(self) -> dict[str, float]:
         """Means over the layers of what `by_layer` says, the largest of each as `_max`, and the
         `regularizer`."""
@@ -143,7 +141,7 @@ class SplineWatch:
         for key in dict.fromkeys(key for layer in layers for key in layer):
             values = [layer[key] for layer in layers if key in layer]
             told[key], told[f"{key}_max"] = fmean(values), max(values)
-        told["regularizer"] = float(spline_regularizer(self._model, self._adapter))
+        told["regularizer"] = regularizer(self._splines.values())
         return told
 
 
