@@ -17,7 +17,7 @@ from loralab.config import AdapterConfig, TrainingConfig
 from loralab.gradient.events import StepDone
 from loralab.gradient.sft import train
 from loralab.run import Run
-from test_inits import texts
+from starts import texts
 from test_sft import adapter_of, config_for, run_it, same_tensors, some_rows, without_times
 from test_sft import folder as folder
 

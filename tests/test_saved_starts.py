@@ -16,7 +16,7 @@ from loralab.errors import UserError
 from loralab.gradient.outputs import save_trained
 from loralab.registry import INITS
 from loralab.run import Run
-from test_inits import SPLITTING, logits, peft_model, shake, texts
+from starts import SPLITTING, logits, peft_model, shake, texts
 
 CHANGING = sorted(
     n for n in INITS.names() if n != "warm_start" and INITS.load(n).facts.changes_base
