@@ -11,6 +11,7 @@ import pytest
 import tiny
 from loralab import config as configs
 from loralab import pipeline
+from loralab.adapters import LSLoraConfig
 from loralab.config import AblationConfig
 from loralab.errors import UserError
 from loralab.gradient import ablation
@@ -108,9 +109,46 @@ def test_every_variant_runs_with_every_seed_and_the_table_is_their_means(
     assert table[0]["seeds"] == 2
     assert table[2]["deviation"] is None, "LoRA has no spline"
     assert table[1]["deviation"] is not None
+    v1 = [r for r in rows if r["variant"] == "V1"]
+    assert [line["step"] for line in v1[0]["spline_during"]] == [1, 3]
+    assert all(0 <= line["outside"] <= 1 for line in v1[0]["spline_during"])
+    assert table[0]["outside"][0] == pytest.approx((sum(r["spline"]["outside"] for r in v1)) / 2)
+    assert v1[0]["spline"]["deviation"] > v1[0]["spline_during"][0]["deviation"] > 0
+    assert all(r["spline"] is None for r in rows if r["variant"] == "LoRA")
     text = (run.path / "ablation.md").read_text()
     assert "| V1 | warmer |" in text
     assert len({r["held_out_loss"] for r in rows}) == 6, "variants and seeds differ"
+
+
+def test_the_shipped_ablation_mends_one_fault_at_a_time() -> None:
+    config = configs.load("lslora-ablation", [])
+    assert isinstance(config, AblationConfig)
+    assert config.seeds == (0, 1, 2)
+
+    def settings(name: str) -> dict[str, Any]:
+        made = config.config_of(name, 0)
+        assert made.adapter is not None
+        own = {"lr": made.training.lr, "optimizer": made.training.optimizer}
+        return {"type": made.adapter.type, **own, **made.adapter.type_options}
+
+    mended = [
+        {"spline_init"}, {"k_min", "k_max"}, {"normalize"}, {"output_scale_init"},
+        {"interpolation_method"}, {"spline_reg_weight"}, {"lr", "optimizer"},
+    ]  # fmt: skip
+    steps = [settings(f"V{number}") for number in range(8)]
+    for before, after, keys in zip(steps[:-1], steps[1:], mended, strict=True):
+        assert {key for key in after if after[key] != before[key]} == keys
+    # Nothing is left to mend: V7 is what a user gets who sets nothing.
+    last = steps[-1]
+    kind, lr, optimizer = (last.pop(key) for key in ("type", "lr", "optimizer"))
+    default = configs.TrainingConfig(steps=1)
+    assert (kind, lr, optimizer) == ("lslora", default.lr, default.optimizer)
+    assert LSLoraConfig(**last).variant().config.resolved_spline_init == "identity"  # type: ignore[attr-defined]
+    for name, value in last.items():
+        if name != "spline_init":
+            assert getattr(LSLoraConfig(), name) == value
+    for name, kind in (("LoRA", "lora"), ("SineLoRA", "sinelora")):
+        assert settings(name) == {"type": kind, "lr": lr, "optimizer": optimizer}
 
 
 def test_a_stopped_ablation_goes_on_with_what_is_missing(
