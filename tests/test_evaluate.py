@@ -259,7 +259,7 @@ def test_a_runs_directory_is_its_adapter_on_its_model(
     assert loralab("eval", str(run), "--adapter", str(run / "adapter")) == 2
     assert "adapter of its own" in capsys.readouterr().err
     assert len(list((tmp_path / "runs").glob("eval-conciseness-*"))) == 3
-    for kind in ("classify", "seq2seq", "verifier"):
+    for kind in ("classify", "seq2seq", "verifier", "pipeline"):
         assert loralab("eval", str(a_run(tmp_path / kind, kind=kind))) == 2
         assert f"kind is '{kind}'" in capsys.readouterr().err
 
@@ -278,6 +278,14 @@ def test_a_run_that_left_a_whole_model_and_a_decoder_made_here(tmp_path: Path) -
     decoder.save_pretrained(run / "model")
     tiny.tokenizer().save_pretrained(run / "model")
     (run / "adapter" / "adapter_config.json").write_text("{}")
+    # Of a search in the weights merged/ is exact, of anything else adapter/ is.
+    for kind, wanted in (("evolve", "merged"), ("sft", "adapter")):
+        other = a_run(tmp_path / kind, kind=kind, model="smollm2")
+        for folder, file in (("merged", "config.json"), ("adapter", "adapter_config.json")):
+            (other / folder).mkdir()
+            (other / folder / file).write_text("{}")
+        found = subject_of(str(other))
+        assert (found.adapter or found.model) == str(other / wanted)
     subject = subject_of(str(run))
     assert (subject.model, subject.adapter, subject.dtype) == (
         str(run / "model"), None, "float32",

@@ -15,13 +15,11 @@ from loralab.run import Run
 
 DTYPE = "bfloat16"
 
-_WHOLE = ("model", "merged")
-"""Folders of a run that hold a whole model: trained whole, or evolved in its own weights."""
-
 _OTHER_MODELS = {
     "classify": "a classifier, which answers with no text; its run has its accuracy and F1",
     "seq2seq": "an encoder-decoder; its run has its own evaluation",
     "verifier": "a verifier, which judges answers and gives none; its run has verify@N",
+    "pipeline": "several runs; give the directory of one of its stages",
 }
 
 
@@ -101,7 +99,9 @@ def subject_of(
     if kind in _OTHER_MODELS:
         raise UserError(f"{path}: kind is {kind!r}: {_OTHER_MODELS[str(kind)]}")
     dtype = dtype or str(config.get("dtype", DTYPE))
-    for folder in _WHOLE:
+    # A search in the model's own weights leaves them in merged/, and in adapter/ what is near; of
+    # any other run adapter/ is exact, and merged/ (a later stage's input) is rounded.
+    for folder in ("model", "merged") if kind == "evolve" else ("model",):
         if (path / folder / "config.json").is_file():
             return Subject(str(path / folder), adapter, dtype, device)
     own = path / "adapter"
