@@ -467,6 +467,7 @@ def test_a_pipeline_does_not_go_on_in_another_runs_directory(finished: Path, dat
         ("sft__kind", "pipeline", r"a pipeline holds no other one"),
         ("sft__config", "no-such", r"config 'no-such': no such file"),
         ("sft__adapter", {"type": "lslora"}, r"stage dpo: .*stage sft leaves adapter$"),
+        ("dpo__data", {"path": "stages.sft.adapter"}, r"stage dpo: data.path is .*takes a data"),
     ],
 )
 def test_what_leads_nowhere_is_said_before_anything_runs(
@@ -522,6 +523,19 @@ def test_a_digest_covers_config_outputs_and_data(data: Path, tmp_path: Path) -> 
     assert second != first
     (folder / "test.tsv").rename(folder / "test2.tsv")
     assert digest() not in (first, second)
+
+
+def test_a_teachers_rows_can_be_learned_and_are_not_asked_for_in_a_plan(data: Path) -> None:
+    values = values_for(data, ("pretrain", "sft"))
+    sft = values["stages"].pop("sft")
+    task = sft.pop("task")
+    teach = {"kind": "distill", "model": "stages.pretrain.model", "task": task, "samples": 2}
+    values["stages"] |= {"teach": teach, "sft": {**sft, "data": {"path": "stages.teach.data"}}}
+    lines = plan(made(values))
+    assert lines[-1] == "stage sft: sft, reads stages.pretrain.model, stages.teach.data"
+    values["inputs"]["sst2"] = "nowhere/at/all"
+    with pytest.raises(UserError, match=r"^stage teach: .*nowhere/at/all"):
+        plan(made(values))
 
 
 def test_a_plan_runs_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from loralab.config import (
     VerifierConfig,
 )
 from loralab.config.references import references
+from loralab.errors import UserError
 
 
 def plan(config: AnyConfig) -> list[str]:
@@ -66,7 +67,10 @@ def _plan_stage(config: PipelineConfig, name: str) -> list[str]:
     title = f"stage {name}: {stage.kind}" + f", reads {', '.join(map(str, read))}" * bool(read)
     if any(reference.output == "data" for reference in read):
         return [title]
-    return [title, *(f"  {line}" for line in plan(stage))]
+    try:
+        return [title, *(f"  {line}" for line in plan(stage))]
+    except UserError as error:
+        raise UserError(f"stage {name}: {error}") from error
 
 
 def _plan_evolution(config: EvolveConfig) -> list[str]:

@@ -125,6 +125,8 @@ def texts(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _wanted(key: str) -> str | None:
     if key.endswith("init.options.path"):
         return "adapter"
+    if key in ("data.path", "data.test_path"):
+        return "data"
     return _READS.get(key.rpartition(".")[2])
 
 
