@@ -37,8 +37,11 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The last one reads GSM8K and WikiText-2 from DATA, and takes an hour or two.
+# All but the first two read DATA; the last one takes an hour or two.
 bench: install
 	$(BIN)/loralab bench population
 	$(BIN)/loralab bench adapters
+	$(BIN)/loralab bench sft --curve 30 --data $(DATA)/gsm8k
+	$(BIN)/loralab bench dpo --data $(DATA)/hh_rlhf/helpful-base.test.jsonl.gz
+	$(BIN)/loralab bench pretrain --data $(DATA)/tinystories/tinystories_train_head_2MiB.txt.gz
 	$(BIN)/loralab bench inits --gsm8k $(DATA)/gsm8k --wikitext $(DATA)/wikitext-2/test.txt

@@ -38,7 +38,6 @@ PEERS, OWN = "loralab.bench.trl_peers", "loralab.bench.own_steps"
 WAYS: Mapping[str, Way] = {
     TRL: Way("TRL SFTTrainer and PEFT", f"{PEERS}:sft"),
     FAIR: Way("the same, head and loss on labelled tokens", f"{PEERS}:sft_labelled"),
-    "trl-plain-head": Way("the same, plain head", f"{PEERS}:sft_plain_head"),
     "peft": Way("PEFT in a plain loop, padded", "loralab.bench.plain_loops:peft"),
     "loralab-padded": Way("loralab, padded", f"{OWN}:sft_padded"),
     OURS: Way("loralab, plain PyTorch", f"{OWN}:sft"),

@@ -42,45 +42,6 @@ def sft_labelled(work: Work, gate: Gate) -> None:
         sft(work, gate)
 
 
-def sft_plain_head(work: Work, gate: Gate) -> None:
-    """The same with the head and cross-entropy of plain PyTorch, on labelled positions alone."""
-    from torch.nn.functional import cross_entropy
-    from trl import SFTConfig, SFTTrainer
-
-    class Labelled(SFTTrainer):  # type: ignore[misc]
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: dict[str, Any],
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            causal = self.accelerator.unwrap_model(self.model).get_base_model()
-            targets = inputs["labels"][:, 1:]
-            learned = targets != -100
-            with self.accelerator.autocast():
-                hidden = causal.model(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    use_cache=False,
-                ).last_hidden_state
-                logits = causal.lm_head(hidden[:, :-1][learned])
-            total = cross_entropy(logits.float(), targets[learned], reduction="sum")
-            return total / num_items_in_batch
-
-    with _arguments(work) as given:
-        model, tokenizer = work.load()
-        trainer = Labelled(
-            model=model,
-            args=SFTConfig(**given),
-            train_dataset=Dataset.from_list(work.records()),
-            processing_class=tokenizer,
-            peft_config=work.lora(),
-            callbacks=[GateCallback(gate)],
-        )
-        trainer.train()
-
-
 def dpo(work: Work, gate: Gate) -> None:
     """DPOTrainer with a LoraConfig; its reference is the model with the adapter off."""
     from trl import DPOConfig, DPOTrainer
