@@ -200,6 +200,14 @@ def test_of_pairs_the_solution_alone_is_learned(tokenizer: Any, tmp_path: Path) 
         text = "".join(tokenizer.decode(ids) for ids in learned)
         assert text == "".join(f"it is {i + 1}{EOS}" for i in range(9))
         assert (len(rows) < 9) == packed
+    said: list[str] = []
+    whole = rows_of(source, source.train, tokenizer, 64, False, said.append)
+    assert not said
+    longest = max(len(row.input_ids) for row in whole)
+    over = sum(len(row.input_ids) == longest for row in whole)
+    rows_of(source, source.train, tokenizer, longest - 1, True, said.append)
+    assert f"{over} of 9 pairs" in said[0]
+    assert "end token included" in said[0]
     with pytest.raises(UserError, match=r"row 1 \(p.jsonl line 1\) has nothing to learn"):
         rows_of(source, source.train, tokenizer, 3, packed=False)
 

@@ -339,3 +339,13 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert main(["data", *again]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "p").exists()
+
+
+def test_a_row_that_begins_as_others_do_behind_the_wording_is_no_leak() -> None:
+    wording = text(1, 9)
+    opening = text(2, 6)
+    held = [Document(f"test-{i}", f"{wording} {text(i + 50, 30)}") for i in range(30)]
+    held.append(Document("test-30", f"{wording} {opening}"))
+    alike = Document("a", f"{wording} {opening} {text(500, 20)}")
+    assert contamination([alike], {"sums": held}).rows == ()
+    assert [o.example for o in contamination([held[3]], {"sums": held}).rows] == ["test-3"]

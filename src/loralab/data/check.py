@@ -27,6 +27,9 @@ MOST_OF_IT = 0.8
 
 _COMMON = 10
 _WORDING = 8
+_OWN = 9
+"""Words of an evaluated row's 13 that have to be its own, not its task's wording: other rows too go
+on from the wording as conversations begin ("Hi, do you need me to")."""
 _WORD = re.compile(r"\w+")
 
 
@@ -98,7 +101,7 @@ def contamination(
     for task, documents in evaluated.items():
         wording = _wording(documents)
         for number, text in enumerate(documents):
-            own = [gram for gram in set(_grams(text.text)) if not _has(gram, wording)]
+            own = _own_grams(text.text, wording)
             sizes[task, number] = len(own)
             for gram in own:
                 index.setdefault(gram, []).append((task, number))
@@ -130,8 +133,20 @@ def _wording(documents: Sequence[Document]) -> set[str]:
     return {run for run, count in times.items() if count > common}
 
 
-def _has(gram: str, wording: set[str]) -> bool:
-    return any(run in wording for run in _runs(gram.split(" "), _WORDING))
+def _own_grams(text: str, wording: set[str]) -> set[str]:
+    """The runs that speak for an evaluated text: enough of their words are its own."""
+    words = _WORD.findall(text.casefold())
+    shared = [False] * len(words)
+    for start, run in enumerate(_runs(words, _WORDING)):
+        if run in wording:
+            shared[start : start + _WORDING] = [True] * _WORDING
+    if LEAST <= len(words) < GRAM:
+        return set() if any(shared) else {" ".join(words)}
+    return {
+        gram
+        for start, gram in enumerate(_runs(words, GRAM))
+        if shared[start : start + GRAM].count(False) >= _OWN
+    }
 
 
 def _runs(words: list[str], length: int) -> Iterator[str]:

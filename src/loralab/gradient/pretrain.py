@@ -112,7 +112,15 @@ def _pretrain(
             ranks.wait()
         length, packed = settings.max_length, settings.packing
         parts = [
-            rows_of(s, shuffled(s.train, config.seed), tokenizer, length, packed) for s in sources
+            rows_of(
+                s,
+                shuffled(s.train, config.seed),
+                tokenizer,
+                length,
+                packed,
+                said=lambda text: on_event(Remark(text)),
+            )
+            for s in sources
         ]
         counts = [token_counts(part) for part in parts]
         mixture = Mixture(parts, [s.config.weight for s in sources])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -87,9 +87,16 @@ def encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def rows_of(
-    source: Source, documents: Sequence[Document], tokenizer: Any, length: int, packed: bool
+    source: Source,
+    documents: Sequence[Document],
+    tokenizer: Any,
+    length: int,
+    packed: bool,
+    said: Callable[[str], None] | None = None,
 ) -> Sequence[Row]:
     """Rows of a source's documents in their order.
+
+    said: is told of pairs that lose their end to the length, and their end token with it.
 
     Raises:
         UserError: a pair's prompt alone fills a row.
@@ -97,7 +104,13 @@ def rows_of(
     if source.config.format == "text":
         return TextRows(documents, tokenizer, length, packed)
     pairs = [(document.prompt or "", document.text, document.place) for document in documents]
-    rows = prepare(pairs, tokenizer, length).rows
+    prepared = prepare(pairs, tokenizer, length)
+    rows = prepared.rows
+    if prepared.cut and said is not None:
+        said(
+            f"{source.config.path}: {prepared.cut} of {len(rows)} pairs are longer than "
+            f"training.max_length {length} and lose their end, end token included"
+        )
     return pack(rows, length) if packed else rows
 
 
