@@ -21,7 +21,8 @@ from loralab.config.sections import (
 class TrainingConfig(Section):
     """Gradient training: `steps` updates of the weights, or `epochs` passes over the rows.
 
-    An update sees batch_size * grad_accumulation rows, its loss a mean over their learned tokens.
+    An update sees batch_size * grad_accumulation rows, of all processes together where several
+    train (docs/distributed.md), its loss a mean over their learned tokens.
     schedule: of the learning rate after the warm-up, down to 0 but for "constant". warmup: a
     number of steps, or below 1 a share of them. max_grad_norm: 0 is off. max_length: tokens; the
     rest of a row is cut off. optimizer: as Transformers names it (adamw_torch, adamw_8bit,
