@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -238,46 +239,64 @@ def test_refuses_without_isolation_before_anything_is_generated(
         tasks.get(name, unsafe_exec=True)
 
 
-def reference(program: str, test: str) -> bool:
+def reference(program: str, test: str, timeout: float) -> sandbox.Outcome:
     """As the official scorers judge: program and tests in one interpreter, to the end."""
-    return sandbox.run(f"{program}\n{test}", unsafe=True).status == "finished"
+    return sandbox.run(f"{program}\n{test}", unsafe=True, timeout=timeout)
 
 
-def humaneval_agrees(task: HumanEval, example: Example, count: int) -> list[bool]:
+def agreed(make: Callable[[float], Any], example: Example, program: str, test: str) -> bool:
+    """The verdict, asserted to be the official one.
+
+    Where they differ because one of them ran out of time, both are asked again with plenty: a
+    machine that is busy is slow by chance.
+    """
+    for timeout in (10.0, 90.0):
+        ours, theirs = make(timeout).score(example, program), reference(program, test, timeout)
+        same = ours.correct == (theirs.status == "finished")
+        if same or not (ours.parts["stopped"] or theirs.status == "timeout"):
+            break
+    assert same, (example.id, program)
+    return bool(ours.correct)
+
+
+def humaneval_agrees(example: Example, count: int) -> list[bool]:
     data = example.data
     name = data["entry_point"]
     verdicts = []
     made = mutants(data["prompt"] + data["solution"], name, int(example.id.split("/")[1]), count)
-    for what, program in {"canonical": data["prompt"] + data["solution"], **made}.items():
-        ours = task.score(example, program).correct
+    for program in (data["prompt"] + data["solution"], *made.values()):
         test = f"{data['test']}\ncheck({name})"
-        assert ours == reference(program, test), (example.id, what)
-        verdicts.append(bool(ours))
+        verdicts.append(agreed(humaneval_task, example, program, test))
     return verdicts
 
 
-def mbpp_agrees(task: MBPP, example: Example, count: int) -> list[bool]:
+def mbpp_agrees(example: Example, count: int) -> list[bool]:
     data = example.data
     verdicts = []
     made = mutants(data["solution"], data["names"][0], int(example.id), count)
-    for what, program in {"canonical": data["solution"], **made}.items():
-        ours = task.score(example, program).correct
+    for program in (data["solution"], *made.values()):
         test = "\n".join([data["given"], *data["tests"]])
-        assert ours == reference(program, test), (example.id, what)
-        verdicts.append(bool(ours))
+        verdicts.append(agreed(mbpp_task, example, program, test))
     return verdicts
+
+
+def humaneval_task(timeout: float) -> HumanEval:
+    return HumanEval(path=str(DATA / "humaneval"), timeout=timeout, unsafe_exec=True)
+
+
+def mbpp_task(timeout: float) -> MBPP:
+    return MBPP(path=str(DATA / "mbpp"), timeout=timeout, unsafe_exec=True)
 
 
 @needs_data
 def test_agrees_with_plain_execution_on_canonical_and_mutated_solutions() -> None:
-    humaneval = HumanEval(path=str(DATA / "humaneval"), unsafe_exec=True)
-    rows = humaneval.examples("test")
+    rows = humaneval_task(10.0).examples("test")
     assert len(rows) == 164
-    verdicts = [humaneval_agrees(humaneval, rows[i], 1) for i in (0, 32, 38, 61, 129)]
-    mbpp = MBPP(path=str(DATA / "mbpp"), unsafe_exec=True)
+    verdicts = [humaneval_agrees(rows[i], 1) for i in (0, 32, 38, 61, 129)]
+    mbpp = mbpp_task(10.0)
     own = {e.id: e for split in ("train", "test") for e in mbpp.examples(split)}  # type: ignore[arg-type]
     assert len(own) == 500 + 374
-    verdicts += [mbpp_agrees(mbpp, own[i], 1) for i in ("11", "126", "367", "601")]
+    verdicts += [mbpp_agrees(own[i], 1) for i in ("11", "126", "367", "601")]
     assert all(gold for gold, *_ in verdicts)
     wrong = [not right for _, *others in verdicts for right in others]
     assert sum(wrong) > 0.6 * len(wrong)
@@ -287,11 +306,10 @@ def test_agrees_with_plain_execution_on_canonical_and_mutated_solutions() -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_agrees_on_all_of_both_sets() -> None:
-    humaneval = HumanEval(path=str(DATA / "humaneval"), unsafe_exec=True)
-    for example in humaneval.examples("test"):
-        assert humaneval_agrees(humaneval, example, 2)[0], example.id
+    for example in humaneval_task(10.0).examples("test"):
+        assert humaneval_agrees(example, 2)[0], example.id
     for subset in ("full", "sanitized"):
         mbpp = MBPP(path=str(DATA / "mbpp"), subset=subset, unsafe_exec=True)  # type: ignore[arg-type]
         for split in ("train", "test"):
             for example in mbpp.examples(split):  # type: ignore[arg-type]
-                assert mbpp_agrees(mbpp, example, 1)[0], example.id
+                assert mbpp_agrees(example, 1)[0], example.id

@@ -40,7 +40,7 @@ def passes(program: str, row: Row) -> bool:
     first, *others = data["tests"]
     tests = [f"{data['given']}\n{first}", *others]
     options: Any = {"setup": data["imports"], "names": data["names"], "tests": tests}
-    return sandbox.run(program, unsafe=True, **options).passed
+    return sandbox.run(program, unsafe=True, timeout=60.0, **options).passed
 
 
 CODES = {
@@ -130,7 +130,9 @@ def _round_trip(made: dict[str, str], row: Row) -> bool:
     name = data["entry_point"]
     setup = f"{data['prompt']}\n    pass\n{data['test']}"
     tests = [f"check({name})"]
-    return sandbox.run(program, setup=setup, tests=tests, names=[name], unsafe=True).passed
+    return sandbox.run(
+        program, setup=setup, tests=tests, names=[name], unsafe=True, timeout=60.0
+    ).passed
 
 
 def test_merge_keeps_order_and_refuses_what_does_not_fit(tmp_path: Path) -> None:

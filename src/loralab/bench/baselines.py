@@ -112,12 +112,24 @@ def run(options: Options) -> Table:
         chosen = [replace(line, limit=min(line.limit, options.limit)) for line in chosen]
     bench = _Bench(options)
     rows: list[list[Cell]] = []
+    data: list[dict[str, Any]] = []
     seconds = 0.0
     for line in chosen:
         for shots in line.shots:
             done = bench.measure(line, shots)
             seconds += done.seconds
             rows += _rows(line, shots, done, options)
+            scores = {name: score.to_dict() for name, score in done.scores.items()}
+            data.append(
+                {
+                    "task": _name(line),
+                    "shots": shots,
+                    "examples": done.examples,
+                    "samples": done.samples,
+                    "seconds": done.seconds,
+                    "scores": scores,
+                }
+            )
     facts = {
         "model": options.model,
         "versions": ", ".join(
@@ -135,7 +147,7 @@ def run(options: Options) -> Table:
         "perplexity has none either."
     ]
     section = Section("Zero- and few-shot baselines", "", columns, rows, notes)
-    return Table("Baselines", facts, [section])
+    return Table("Baselines", facts, [section], {"lines": data})
 
 
 class _Bench:
