@@ -1,0 +1,186 @@
+"""One comparison of a rule: a value, what it is compared with, and how that is said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from loralab.health.reading import Reading
+from loralab.health.thresholds import Limit
+
+Against = Literal["limit", "base", "share of base"]
+
+LABELS: Mapping[str, str] = {
+    "agreement": "top-1 agreement with the base",
+    "canary.all_options": "score of naming every option, over the base's",
+    "canary.copied_prompt": "score of the copied prompt, over the base's",
+    "canary.empty": "score of empty text, over the base's",
+    "canary.identity": "metric of an adapter that does nothing, off the base's by",
+    "canary.last_answer": "score of a right answer after a wrong one, under the gold's by",
+    "canary.newlines": "score of newlines, over the base's",
+    "canary.prompts_distinct": "share of prompts that differ",
+    "data.all_masked": "rows without a label",
+    "data.contaminated": "rows that hold an evaluated one",
+    "data.double_bos": "rows that start twice",
+    "data.duplicate_share": "rows that are copies",
+    "data.eos_missing": "rows without an end token to learn",
+    "data.newline_share": "line breaks among learned tokens",
+    "data.pad_is_eos_masked": "rows whose end is masked as padding",
+    "data.passes": "passes over the rows",
+    "data.rows": "rows",
+    "data.shuffled": "rows that fit another prompt as well",
+    "data.template_mismatch": "rows in another chat template",
+    "data.top_token_share": "share of one token among the learned",
+    "data.truncated": "rows that lost their end",
+    "entropy": "next-token entropy",
+    "es.correct": "share of correct answers",
+    "es.distinct": "share of members whose text differs",
+    "es.dominance": "noise of the loudest module, times the median's",
+    "es.floored": "share of the reward that the noise costs",
+    "es.held_out_gap": "training reward up while held-out reward falls, standard errors",
+    "es.informative": "informative pairs",
+    "es.noop": "noise lost to rounding",
+    "es.repetition": "members' texts that repeat, over the first generation's",
+    "es.reward_up": "rise of the reward, standard errors",
+    "es.second_measure": "fall of the second measure, standard errors",
+    "es.ties": "tied members",
+    "grad.spike": "gradient norm, times its median",
+    "grad.zero": "steps without gradient",
+    "kl": "KL from the base",
+    "loss.all": "loss on known-good text",
+    "loss.content": "loss on content",
+    "loss.eos": "loss on the end token",
+    "loss.prompt_gain": "gain from the right prompt",
+    "loss.whitespace": "loss on whitespace",
+    "parity.keys_missing": "tensors missing from the file",
+    "parity.keys_unexpected": "tensors that loaded nowhere",
+    "parity.merge": "difference of merged and unmerged",
+    "parity.reload": "difference after saving and loading",
+    "setup.left_out": "trainable tensors without an optimiser",
+    "setup.scaling": "scaling off alpha / rank, ln",
+    "setup.unprepared": "start that was never prepared",
+    "spline.deviation": "spline off the identity",
+    "spline.outside": "spline inputs outside the grid",
+    "spline.output_scale": "spline's output scale",
+    "spline.penalty": "spline's penalty",
+    "spline.soft": "soft interpolation",
+    "spline.tanh": "tanh before the spline",
+    "text.base_nll": "own text under the base",
+    "text.charset_drift": "characters of another script",
+    "text.copied": "text copied from the prompt",
+    "text.degenerate": "completions that repeat",
+    "text.empty": "empty completions",
+    "text.eos_rate": "completions that end",
+    "text.failed": "completions that failed",
+    "text.length": "tokens of a completion",
+    "text.newlines": "newlines",
+    "text.similarity": "similarity across prompts",
+    "text.top_token_share": "share of one token",
+    "text.whitespace": "whitespace",
+    "train.dose": "sum of the learning rate, planned",
+    "train.loss_rise": "rise of the training loss, of the first",
+    "train.loss_share": "training loss, of the first",
+    "train.nonfinite": "steps with NaN or infinity",
+    "train.progress": "share of the training done",
+    "update.none": "trainable tensors that do not move",
+    "update.ratio": "update of a step, of the adapter's norm",
+    "weights.base_share": "share of W in the adapter",
+    "weights.dead": "modules with both factors zero",
+    "weights.delta_ratio.max": "largest ||dW|| / ||W||",
+    "weights.idle": "modules with dW = 0",
+    "weights.nan": "tensors with NaN or infinity",
+}
+"""Values in words; what is not here goes by its name."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Whether a value is beyond its limit.
+
+    against: "limit" compares the value itself, "base" its distance from the base's value on the
+    same prompts, "share of base" with the limit times the base's value. A value that is missing or
+    NaN, or whose base is, holds no condition: it is not judged.
+    """
+
+    value: str
+    limit: Limit
+    above: bool = True
+    against: Against = "limit"
+
+    def holds(self, reading: Reading) -> bool:
+        x, base, limit = self.of(reading), self.base_of(reading), self.limit.value
+        if self.against == "base":
+            x = x - base if self.above else base - x
+            return x > limit
+        if self.against == "share of base":
+            limit *= base
+        return x > limit if self.above else x < limit
+
+    def of(self, reading: Reading) -> float:
+        return reading.values.get(self.value, math.nan)
+
+    def base_of(self, reading: Reading) -> float:
+        return reading.values.get(f"base.{self.value}", math.nan)
+
+    def bound(self) -> str:
+        """The limit in words: "> 0.5", "> base + 0.3", "< 0.25 x base"."""
+        sign, number = ">" if self.above else "<", figure(self.limit.value)
+        if self.against == "base":
+            return f"{sign} base {'+' if self.above else '-'} {number}"
+        return f"{sign} {number}{' x base' if self.against == 'share of base' else ''}"
+
+    def label(self) -> str:
+        return LABELS.get(self.value, self.value)
+
+
+def over(value: str, limit: Limit) -> Condition:
+    return Condition(value, limit)
+
+
+def under(value: str, limit: Limit) -> Condition:
+    return Condition(value, limit, above=False)
+
+
+def over_base(value: str, limit: Limit) -> Condition:
+    return Condition(value, limit, against="base")
+
+
+def under_base(value: str, limit: Limit) -> Condition:
+    return Condition(value, limit, above=False, against="base")
+
+
+def below_share(value: str, limit: Limit) -> Condition:
+    """Under that share of the base's value."""
+    return Condition(value, limit, above=False, against="share of base")
+
+
+def cited(conditions: tuple[Condition, ...], reading: Reading) -> str:
+    """The numbers that conditions look at, each value once:
+    "completions that repeat 0.81, base 0.06 (> 0.5, > base + 0.3)"."""
+    parts = []
+    for value in dict.fromkeys(condition.value for condition in conditions):
+        own = [condition for condition in conditions if condition.value == value]
+        base = own[0].base_of(reading)
+        beside = "" if math.isnan(base) else f", base {figure(base)}"
+        bounds = ", ".join(condition.bound() for condition in own)
+        parts.append(f"{own[0].label()} {figure(own[0].of(reading))}{beside} ({bounds})")
+    return "; ".join(parts)
+
+
+def numbers_of(conditions: tuple[Condition, ...], reading: Reading) -> dict[str, float]:
+    """The same for machines: the values, the base's where there are, and `limit.` of each bound."""
+    found: dict[str, float] = {}
+    for condition in conditions:
+        found[condition.value] = condition.of(reading)
+        if not math.isnan(condition.base_of(reading)):
+            found[f"base.{condition.value}"] = condition.base_of(reading)
+        name = "" if condition.against == "limit" else f".{condition.against.replace(' ', '_')}"
+        found[f"limit.{condition.value}{name}"] = condition.limit.value
+    return found
+
+
+def figure(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}"

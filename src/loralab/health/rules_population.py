@@ -1,0 +1,62 @@
+"""Rules on a population: what `population` measures of a generation and those before."""
+
+from __future__ import annotations
+
+from loralab.health import thresholds as t
+from loralab.health.condition import over, under
+from loralab.health.rule import Rule
+
+POPULATION = (
+    Rule(
+        "es.silent",
+        "es.noise_too_weak",
+        ("reward.exploitable",),
+        fail=(
+            under("es.informative", t.INFORMATIVE),
+            under("es.correct", t.UNSOLVED),
+            under("es.distinct", t.SAME_TEXTS),
+        ),
+        warn=(under("es.informative", t.INFORMATIVE_SOME), under("es.correct", t.UNSOLVED)),
+        lasting=3,
+    ),
+    Rule(
+        "es.ties",
+        "es.noise_too_weak",
+        warn=(over("es.ties", t.TIES), under("es.correct", t.UNSOLVED)),
+        evidence="symptom",
+    ),
+    Rule(
+        "es.noop",
+        "es.noise_too_weak",
+        fail=(over("es.noop", t.NO_OP),),
+        warn=(over("es.noop", t.NO_OP_SOME),),
+        evidence="direct",
+    ),
+    Rule(
+        "es.dominance",
+        "es.outlier_sigma",
+        fail=(over("es.dominance", t.DOMINANCE),),
+        warn=(over("es.dominance", t.DOMINANCE_SOME),),
+        evidence="direct",
+    ),
+    Rule(
+        "es.broken_members",
+        "es.noise_too_strong",
+        ("es.outlier_sigma",),
+        warn=(over("es.repetition", t.GARBLED_MEMBERS),),
+    ),
+    Rule(
+        "es.held_out_gap",
+        "es.overfit",
+        ("reward.exploitable",),
+        warn=(over("es.held_out_gap", t.GAP),),
+    ),
+    Rule(
+        "es.second_measure",
+        "reward.exploitable",
+        ("es.overfit",),
+        fail=(over("es.reward_up", t.REWARD_UP), over("es.second_measure", t.SECOND_DOWN)),
+        warn=(over("es.second_measure", t.SECOND_DOWN),),
+        evidence="direct",
+    ),
+)
