@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
@@ -16,59 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tiny
-from loralab.adapters import LSLoraConfig, SineLoraConfig
-from loralab.errors import UserError
-
-MAKE: dict[str, Callable[..., Any]] = {
-    "spline": LSLoraConfig,
-    "gated": lambda **kw: LSLoraConfig(gated=True, **kw),
-    "clamp": lambda **kw: LSLoraConfig(boundary="clamp", num_knots=4, **kw),
-    "weight": lambda **kw: LSLoraConfig(space="weight", k_min=-1.0, k_max=1.0, **kw),
-    "sine": lambda **kw: SineLoraConfig(sinelora_frequency=3.0, **kw),
-}
-MERGEABLE = ("weight", "sine")
-every = pytest.mark.parametrize("kind", MAKE)
-
-
-def config(kind: str, **options: Any) -> Any:
-    return MAKE[kind](
-        **{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        | options
-    )
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0, adapter: str = "default") -> None:
-    """Every parameter of the adapter off its start, B too: with B = 0 most faults hide."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if f".{adapter}." in name:
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter += (0.3 * noise).to(parameter.dtype)
-
-
-def adapted(kind: str, base: str = "llama", seed: int = 0, **options: Any) -> Any:
-    torch.manual_seed(seed)  # PEFT draws A
-    model = get_peft_model(tiny.model(base), config(kind, **options))
-    randomise(model, seed)
-    return model.eval()
-
-
-def tokens(rows: int = 3, length: int = 7) -> torch.Tensor:
-    return torch.randint(4, 67, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model: nn.Module, **kwargs: Any) -> torch.Tensor:
-    out: torch.Tensor = model(input_ids=tokens(), **kwargs).logits
-    return out
+from nonlinear_models import (
+    adapted,
+    config,
+    every,
+    logits,
+    randomise,
+    tokens,
+)
 
 
 def expected_change(kind: str, layer: Any, x: np.ndarray) -> np.ndarray:
@@ -140,6 +102,40 @@ def test_saves_every_parameter_and_reloads_exactly(kind: str, tmp_path: Path) ->
         assert torch.equal(logits(again), logits(model))
 
 
+@every
+def test_a_reloaded_adapter_is_trained_only_if_asked_for(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind)
+    model.save_pretrained(tmp_path)
+    owned = {name for name, p in model.named_parameters() if p.requires_grad}
+    for trainable in (False, True):
+        again = PeftModel.from_pretrained(tiny.model("llama"), tmp_path, is_trainable=trainable)
+        learned = {name for name, p in again.named_parameters() if p.requires_grad}
+        assert learned == (owned if trainable else set())
+    before = {name: p.detach().clone() for name, p in again.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in again.parameters() if p.requires_grad], lr=0.1)
+    again(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in again.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == owned
+
+
+@every
+def test_a_resized_vocabulary_is_saved_beside_the_adapter(kind: str, tmp_path: Path) -> None:
+    def resized() -> Any:
+        base = tiny.model("llama")
+        base.resize_token_embeddings(tiny.VOCABULARY + 9, mean_resizing=False)
+        return base
+
+    model = get_peft_model(resized(), config(kind))
+    randomise(model)
+    ids = torch.full((1, 3), tiny.VOCABULARY + 4)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    again = PeftModel.from_pretrained(resized(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert again(input_ids=ids).logits.shape[-1] == tiny.VOCABULARY + 9
+
+
 def test_loads_in_a_fresh_process_that_only_imports_loralab_adapters(tmp_path: Path) -> None:
     model = adapted("gated")
     model.save_pretrained(tmp_path)
@@ -183,45 +179,6 @@ def test_several_adapters_are_switched_disabled_mixed_and_deleted(kind: str) -> 
     model.delete_adapter("two")
     assert not any(".two." in name for name in model.state_dict())
     assert torch.equal(logits(model), alone["one"])
-
-
-@every
-def test_merging_gives_the_same_function_or_refuses_and_touches_nothing(kind: str) -> None:
-    for base in ("llama", "gpt2"):
-        model = adapted(kind, base)
-        before, weights = logits(model), copy.deepcopy(model.state_dict())
-        if kind not in MERGEABLE:
-            layer = next(m for m in model.modules() if isinstance(m, LoraLayer))
-            for attempt in (
-                model.merge_adapter,
-                model.merge_and_unload,
-                lambda layer=layer: layer.get_delta_weight("default"),
-                layer.merge,
-            ):
-                with pytest.raises(UserError, match="cannot be merged: its spline acts"):
-                    attempt()
-            assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-            continue
-        model.merge_adapter()
-        torch.testing.assert_close(logits(model), before, atol=2e-4, rtol=1e-4)
-        model.unmerge_adapter()
-        torch.testing.assert_close(model.state_dict(), weights, atol=1e-6, rtol=0)
-        merged = model.merge_and_unload(safe_merge=True)
-        assert not any(isinstance(m, LoraLayer) for m in merged.modules())
-        torch.testing.assert_close(logits(merged), before, atol=2e-4, rtol=1e-4)
-
-
-def test_a_refused_merge_leaves_no_adapter_half_merged() -> None:
-    model = get_peft_model(tiny.model("llama"), config("weight", target_modules=["q_proj"]), "one")
-    model.add_adapter("two", config("spline", target_modules=["down_proj"]))
-    model.base_model.set_adapter(["one", "two"])
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(UserError, match="adapter 'two' cannot be merged"):
-            merge()
-    assert not any(m.merged_adapters for m in model.modules() if isinstance(m, LoraLayer))
-    assert any(isinstance(m, LoraLayer) for m in model.modules())
-    model.merge_adapter(["one"])
-    assert sum(m.merged for m in model.modules() if isinstance(m, LoraLayer)) == 2
 
 
 @every
@@ -343,54 +300,6 @@ def test_data_parallel_training_needs_no_search_for_unused_parameters(kind: str)
         for _ in range(2):  # an unused parameter is an error at the second pass
             parallel(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-class Several(nn.Module):
-    """One of each layer that only plain LoRA can adapt."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(5, 4)
-        self.conv = nn.Conv1d(4, 4, 1)
-        self.attention = nn.MultiheadAttention(4, 2)
-        self.linear = nn.Linear(4, 4)
-
-
-@pytest.mark.parametrize("kind", ["spline", "sine"])
-@pytest.mark.parametrize("target", ["embedding", "conv", "attention", "attention.out_proj"])
-def test_refuses_layers_it_cannot_adapt(kind: str, target: str) -> None:
-    with pytest.raises(UserError, match=rf"{target}: .*LORA cannot adapt a .*change target_mod"):
-        get_peft_model(Several(), config(kind, target_modules=["linear", target], task_type=None))
-
-
-@pytest.mark.parametrize("kind", ["spline", "sine"])
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"use_dora": True},
-        {"lora_bias": True},
-        {"target_parameters": ["linear.weight"]},
-        {"init_lora_weights": "mica"},
-        {"alora_invocation_tokens": [1, 2]},
-        {"use_qalora": True},
-    ],
-    ids=lambda option: next(iter(option)),
-)
-def test_refuses_options_of_plain_lora_only(kind: str, option: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"{next(iter(option))} is .* plain LoRA"):
-        config(kind, **option)
-
-
-@every
-def test_refuses_weighted_sums_conversions_and_a_second_tuner(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind)
-    with pytest.raises(UserError, match="add_weighted_adapter: default are nonlinear"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
-    with pytest.raises(UserError, match="path_initial_model_for_weight_conversion"):
-        model.base_model.subtract_mutated_init({}, "default")
-    plain = get_peft_model(tiny.model("llama"), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(UserError, match="q_proj: already holds an adapter of another type"):
-        get_peft_model(plain.get_base_model(), config(kind, target_modules=["q_proj"]))
 
 
 @every

@@ -1,4 +1,4 @@
-"""LS-LoRA over two processes trains as one process over the whole batch does."""
+"""Nonlinear adapters over two processes train as one process over the whole batch does."""
 
 from __future__ import annotations
 
@@ -10,24 +10,31 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import tiny
-from loralab.adapters import LSLoraConfig
-from loralab.adapters.spline_diagnostics import spline_diagnostics, splines
+from loralab.adapters import LSLoraConfig, SineLoraConfig
+from loralab.adapters.spline_diagnostics import spline_diagnostics, spline_layers
 from loralab.adapters.spline_penalty import whole
 
 RANKS = 2
 IDS = torch.randint(4, 67, (4, 7), generator=torch.Generator().manual_seed(1))
 
 
-def made(weight: float = 0.5) -> Any:
+CONFIGS: dict[str, Callable[[float], Any]] = {
+    "gated": lambda w: LSLoraConfig(target_modules=["q_proj"], gated=True, spline_reg_weight=w),
+    "weight": lambda w: LSLoraConfig(
+        target_modules=["q_proj"], space="weight", spline_reg_weight=w
+    ),
+    "sine": lambda _: SineLoraConfig(target_modules=["q_proj"], sinelora_frequency=3.0),
+}
+
+
+def made(adapter: str, weight: float = 0.5) -> Any:
     torch.manual_seed(0)
-    model = get_peft_model(
-        tiny.model("llama"),
-        LSLoraConfig(target_modules=["q_proj"], gated=True, spline_reg_weight=weight),
-    )
+    model = get_peft_model(tiny.model("llama"), CONFIGS[adapter](weight))
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -59,36 +66,42 @@ WRAP: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def work(rank: int, kind: str, store: str) -> None:
+def work(rank: int, kind: str, adapter: str, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     weight = 0.0 if kind == "fsdp1" else 0.5
-    alone, model = made(weight), made(weight)
+    alone, model = made(adapter, weight), made(adapter, weight)
     step(alone, alone, IDS)
     wrapped = WRAP[kind](model)
     step(model, wrapped, IDS.chunk(RANKS)[rank])
     if kind == "fsdp1":
         with FullyShardedDataParallel.summon_full_params(wrapped):
-            check(model, alone)
+            check(model, alone, made(adapter))
     else:
-        check(model, alone)
+        check(model, alone, made(adapter))
     dist.destroy_process_group()
 
 
-def check(model: Any, alone: Any) -> None:
-    fresh = splines(made())
-    for name, own in splines(alone).items():
-        assert (own.values - fresh[name].values).abs().max() > 1e-5
-        pairs = zip(splines(model)[name].parameters(), own.parameters(), strict=True)
-        for got, want in pairs:
-            torch.testing.assert_close(whole(got.detach()), want.detach())
-        assert spline_diagnostics(model)[name] == pytest.approx(
-            spline_diagnostics(alone)[name], rel=1e-5
-        )
+def trained(model: Any) -> list[Tensor]:
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return [p.detach() for layer in layers for p in layer.parameters() if p.requires_grad]
+
+
+def check(model: Any, alone: Any, fresh: Any) -> None:
+    triples = list(zip(trained(model), trained(alone), trained(fresh), strict=True))
+    assert len(triples) > 3
+    for got, want, before in triples:
+        torch.testing.assert_close(whole(got), want)
+        assert (want - before).abs().max() > 1e-6
+    if spline_layers(alone):
+        for name, numbers in spline_diagnostics(alone).items():
+            assert spline_diagnostics(model)[name] == pytest.approx(numbers, rel=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", WRAP)
-def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [*((kind, "gated") for kind in WRAP), ("ddp", "weight"), ("ddp", "sine")]
+)
+def test_two_processes_train_as_one(kind: str, adapter: str, tmp_path: Path) -> None:
     store = f"file://{tmp_path / 'store'}"
-    multiprocessing.spawn(work, (kind, store), nprocs=RANKS)
+    multiprocessing.spawn(work, (kind, adapter, store), nprocs=RANKS)
