@@ -16,7 +16,7 @@ def test_lslora_with_trl(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "lslora_trl.py"), "--model", "model", "--output", "made"],
+        [sys.executable, str(EXAMPLES / "lslora_trl.py"), "model", "made"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
