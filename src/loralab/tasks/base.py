@@ -90,7 +90,7 @@ class Measured(Protocol):
 class Optioned(Protocol):
     """A task whose answer is one of a few words that its prompt may list."""
 
-    def options(self, example: Example) -> Sequence[str]:
+    def answer_options(self, example: Example) -> Sequence[str]:
         """The words, as an answer would name them."""
         ...
 

@@ -84,7 +84,7 @@ def _non_answers(task: Task, example: Example) -> Iterator[tuple[str, str]]:
     yield from (("empty", ""), ("newline", "\n"), ("newlines", "\n" * 256))
     yield "copied prompt", text
     if isinstance(task, Optioned):
-        options = task.options(example)
+        options = task.answer_options(example)
         for between in ("/", ", ", " or ", "\n"):
             # Both ways round: the last option must not pass for an answer, nor the first.
             yield "listed options", between.join(options)

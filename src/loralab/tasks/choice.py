@@ -103,7 +103,7 @@ class Choice:
         """The last label, to vote by."""
         return last_label(completion[-_LONGEST:], example.data["labels"])
 
-    def options(self, example: Example) -> Sequence[str]:
+    def answer_options(self, example: Example) -> Sequence[str]:
         """The labels of the question."""
         labels: Sequence[str] = example.data["labels"]
         return labels

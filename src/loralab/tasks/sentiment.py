@@ -59,7 +59,7 @@ class Sentiment(FewShot):
         found = self._predicted(example, completion)
         return None if found is None else CLASSES[found]
 
-    def options(self, example: Example) -> Sequence[str]:
+    def answer_options(self, example: Example) -> Sequence[str]:
         """The two classes."""
         return CLASSES
 
