@@ -211,25 +211,31 @@ def spectral_norm(dense: Tensor) -> float:
 
 
 def spline_values(model: nn.Module, adapter: str) -> dict[str, float]:
-    """`spline.*`: of LS-LoRA's functions, the largest deviation from the identity, the smallest and
-    largest scales; `spline.outside`, the largest share of inputs outside the grid, if counted."""
-    found = {
-        name: layer.lora_spline[adapter] for name, layer in spline_layers(model, adapter).items()
-    }
+    """`spline.*` of LS-LoRA's functions; {} of an adapter without any.
+
+    deviation: the largest mean |v - k| of a layer, 0 is the identity. output_scale, input_scale:
+    the smallest in size. reach: how far the narrowest grid goes to both sides of 0. penalty: the
+    weight of the regulariser. tanh, soft, clamp: shares of the layers that have it. outside: mean
+    share of inputs outside the grid, where they are being counted.
+    """
+    layers = spline_layers(model, adapter).items()
+    found = {name: layer.lora_spline[adapter] for name, layer in layers}
     if not found:
         return {}
-    rows = list(measure_splines(found).values())
+    rows, splines = list(measure_splines(found).values()), list(found.values())
     values = {
-        f"spline.{key}.{how}": pick([row[key] for row in rows])
-        for key in rows[0]
-        for how, pick in (("min", min), ("max", max), ("mean", fmean))
+        "spline.deviation": _largest([row["deviation"] for row in rows]),
+        "spline.output_scale": min(abs(row["output_scale"]) for row in rows),
+        "spline.input_scale": min(abs(row["input_scale"]) for row in rows),
+        "spline.reach": min(min(-own.k_min, own.k_max) for own in splines),
+        "spline.penalty": min(float(own.reg_weight) for own in splines),
+        "spline.tanh": fmean(float(own.normalize == "tanh") for own in splines),
+        "spline.soft": fmean(float(own.interpolation_method == "soft") for own in splines),
+        "spline.clamp": fmean(float(own.boundary == "clamp") for own in splines),
     }
-    values["spline.tanh"] = fmean(float(s.normalize == "tanh") for s in found.values())
-    values["spline.soft"] = fmean(float(s.interpolation_method == "soft") for s in found.values())
-    values["spline.clamp"] = fmean(float(s.boundary == "clamp") for s in found.values())
-    counted = [own.outside.share for own in found.values() if own.outside is not None]
+    counted = [own.outside.share for own in splines if own.outside is not None]
     if counted:
-        values["spline.outside.max"], values["spline.outside.mean"] = max(counted), fmean(counted)
+        values["spline.outside"] = fmean(counted)
     return values
 
 

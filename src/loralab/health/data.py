@@ -1,0 +1,330 @@
+"""Rows that are to be learned, looked at as the trainer will see them: tokens and labels.
+
+What a file of text holds is `loralab.data.lint`'s; here it is what tokenisation, template and
+masking made of it, and whether the base model thinks that answers belong to their prompts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from math import sqrt
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from loralab.data.check import contamination
+from loralab.data.documents import Document
+from loralab.health.still import base_of, causal_of, has_adapter, held_still
+
+if TYPE_CHECKING:
+    from loralab.health.look import Look
+
+IGNORED = -100
+
+MARKS: Mapping[str, tuple[str, ...]] = {
+    "ChatML": ("<|im_start|>",),
+    "Llama 2": ("[INST]",),
+    "Llama 3": ("<|start_header_id|>",),
+    "Gemma": ("<start_of_turn>",),
+    "Zephyr": ("<|user|>", "<|assistant|>"),
+    "Vicuna": ("USER:", "ASSISTANT:"),
+    "DeepSeek": ("<｜User｜>",),
+}
+"""What a row holds, all of it, that some chat template wrote."""
+
+_PAIRS, _PROMPT, _ANSWER, _BATCH = 16, 128, 32, 4
+_DECODED_ROWS = 256
+_MOST_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence: ids, and labels equal to them or -100."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """The ids that are learned; a first token is predicted from nothing."""
+        return tuple(label for label in self.labels[1:] if label != IGNORED)
+
+    @property
+    def start(self) -> int:
+        """Where the first learned token stands; the length if there is none."""
+        found = (i for i, label in enumerate(self.labels) if i and label != IGNORED)
+        return next(found, len(self.labels))
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """values: `data.*` of a reading. top_token, excess_token: the text of the tokens behind
+    data.top_token_share and data.excess_token. template: the one that rows are in and should not
+    be. places: of rows that hold an evaluated one."""
+
+    values: Mapping[str, float]
+    top_token: str | None = None
+    excess_token: str | None = None
+    template: str | None = None
+    places: tuple[str, ...] = field(default=())
+
+
+class DataProbe:
+    """`data.*` of fixed rows, measured at the first look and told again at each.
+
+    rows: what `tokens_of` takes. passes: over the rows, if the training knows them.
+    evaluated: by task, texts that must not be learned; documents: the training rows as text.
+    """
+
+    name = "data"
+
+    def __init__(
+        self,
+        rows: Iterable[Any],
+        tokenizer: Any,
+        max_length: int | None = None,
+        passes: float | None = None,
+        documents: Sequence[Document] = (),
+        evaluated: Mapping[str, Sequence[Document]] | None = None,
+        ends: Collection[int] = (),
+    ) -> None:
+        self._rows = list(tokens_of(rows))
+        self._tokenizer = tokenizer
+        self._max_length, self._passes, self._ends = max_length, passes, ends
+        self._documents, self._evaluated = documents, evaluated
+        self.facts: DataFacts | None = None
+
+    def measure(self, look: Look) -> dict[str, float]:
+        """Of the rows, and of how the true base reads them."""
+        return self.measure_model(look.subject.model)
+
+    def measure_model(self, model: Any | None) -> dict[str, float]:
+        """As `measure`, of a model in memory; None leaves out what needs one."""
+        if self.facts is None:
+            ends = {*self._ends, *end_tokens(self._tokenizer, model)}
+            facts = row_facts(self._rows, self._tokenizer, ends, self._max_length)
+            values = dict(facts.values)
+            places: tuple[str, ...] = ()
+            if self._passes is not None:
+                values["data.passes"] = self._passes
+            if self._evaluated and self._documents:
+                found = contamination(self._documents, self._evaluated).rows
+                places = tuple(dict.fromkeys(overlap.train for overlap in found))
+                rows = len({document.place for document in self._documents})
+                values["data.contaminated"] = len(places) / rows
+            excess = None
+            if model is not None:
+                read, token = base_values(model, self._rows)
+                values |= read
+                excess = None if token is None else self._tokenizer.decode([token])
+            self.facts = DataFacts(values, facts.top_token, excess, facts.template, places)
+        return dict(self.facts.values)
+
+
+def tokens_of(rows: Iterable[Any]) -> Iterator[Tokens]:
+    """Sequences from prepared rows of loralab, or from records of a dataset: objects or mappings
+    with `input_ids` and `labels` (or TRL's `completion_mask` / `assistant_masks` / neither: all is
+    learned), packed ones taken apart by `lengths` or `seq_lengths`. Padding is not told from text:
+    give batches to `tokens_of_batch`."""
+    for row in rows:
+        get = row.get if isinstance(row, Mapping) else lambda key, of=row: getattr(of, key, None)
+        ids, labels = list(get("input_ids")), get("labels")
+        mask = next((m for k in ("completion_mask", "assistant_masks") if (m := get(k))), None)
+        if labels is None:
+            labels = ids if mask is None else [t if m else IGNORED for t, m in zip(ids, mask)]  # noqa: B905
+        at = 0
+        for length in get("lengths") or get("seq_lengths") or (len(ids),):
+            yield Tokens(tuple(ids[at : at + length]), tuple(labels[at : at + length]))
+            at += length
+
+
+def tokens_of_batch(batch: Mapping[str, Any]) -> Iterator[Tokens]:
+    """Sequences of a collated batch (rows, tokens): input_ids, labels, attention_mask; columns that
+    the mask leaves out are padding."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask")
+    for row in range(len(ids)):
+        kept = torch.ones_like(ids[row]).bool() if mask is None else mask[row].bool()
+        yield Tokens(tuple(ids[row][kept].tolist()), tuple(labels[row][kept].tolist()))
+
+
+def end_tokens(tokenizer: Any, model: Any | None = None) -> set[int]:
+    """Tokens that end an answer: the tokenizer's, and those that generation stops at."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    several = found if isinstance(found, list | tuple) else [found]
+    return {int(x) for x in (*several, tokenizer.eos_token_id) if x is not None}
+
+
+def row_facts(
+    rows: Sequence[Tokens], tokenizer: Any, ends: Collection[int], max_length: int | None = None
+) -> DataFacts:
+    """What rows alone tell; shares of rows unless said.
+
+    data.rows: how many. all_masked: without a learned label. eos_missing: with labels, but none of
+    an end token, and not cut off. pad_is_eos_masked: of these, where an end token stands behind the
+    answer, masked, and is the padding token too. double_bos: begin with it twice. truncated: as
+    long as max_length, without an end. duplicate_share: equal to an earlier one. newline_share and
+    top_token_share: of learned tokens, line breaks, and the most frequent other token.
+    template_mismatch: with the marks of a chat template that is not the tokenizer's.
+    """
+    if not rows:
+        return DataFacts({"data.rows": 0.0})
+    count = len(rows)
+    looked = rows[:_MOST_ROWS]
+    learned = Counter(token for row in looked for token in row.learned)
+    whole = [row for row in looked if row.learned]
+    cut = [_is_cut(row, ends, max_length) for row in whole]
+    endless = [
+        row
+        for row, is_cut in zip(whole, cut, strict=True)
+        if not is_cut and not set(row.learned) & set(ends)
+    ]
+    masked_ends = [
+        row
+        for row in endless
+        if tokenizer.pad_token_id in ends and set(row.input_ids[row.start :]) & set(ends)
+    ]
+    bos = tokenizer.bos_token_id
+    tokens = sum(learned.values())
+    breaks = {token for token in learned if _is_break(tokenizer, token)}
+    words = Counter({t: n for t, n in learned.items() if tokenizer.decode([t]).strip()})
+    top = words.most_common(1)
+    sample = looked[:: max(1, len(looked) // _DECODED_ROWS)]
+    foreign = [foreign_template(tokenizer.decode(row.input_ids), tokenizer) for row in sample]
+    values = {
+        "data.rows": float(count),
+        "data.all_masked": 1 - len(whole) / len(looked),
+        "data.eos_missing": len(endless) / max(1, len(whole)),
+        "data.pad_is_eos_masked": len(masked_ends) / max(1, len(whole)),
+        "data.double_bos": fmean(
+            bos is not None and row.input_ids[:2] == (bos, bos) for row in looked
+        ),
+        "data.duplicate_share": 1 - len(set(looked)) / len(looked),
+        "data.template_mismatch": fmean(name is not None for name in foreign),
+    }
+    if max_length is not None:
+        values["data.truncated"] = sum(cut) / max(1, len(whole))
+    if tokens:
+        values["data.newline_share"] = sum(learned[token] for token in breaks) / tokens
+        values["data.top_token_share"] = (top[0][1] if top else 0) / tokens
+    return DataFacts(
+        values,
+        top_token=tokenizer.decode([top[0][0]]) if top else None,
+        template=next((name for name in foreign if name is not None), None),
+    )
+
+
+def foreign_template(text: str, tokenizer: Any) -> str | None:
+    """The chat template that a row's text has the marks of, if this tokenizer has not."""
+    own = f"{getattr(tokenizer, 'chat_template', None) or ''} {tokenizer.get_added_vocab()}"
+    for name, marks in MARKS.items():
+        if all(mark in text for mark in marks) and not any(mark in own for mark in marks):
+            return name
+    return None
+
+
+@torch.no_grad()
+def base_values(
+    model: Any, rows: Sequence[Tokens], pairs: int = _PAIRS, seed: int = 0
+) -> tuple[dict[str, float], int | None]:
+    """How the true base reads the rows, and the token behind data.excess_token.
+
+    data.shuffled: share of rows whose answer is no likelier behind its own prompt than behind
+    another row's: about 0 where they belong together, 0.5 where they were shuffled. pair_gain: mean
+    difference of the two, nats a token, and pair_gain.se its standard error. excess_token: over all
+    tokens the largest share of the targets less the base's mean probability of it there.
+
+    {} where there are fewer than four rows with a prompt. Long prompts keep their end, long answers
+    their start.
+    """
+    chosen = _with_prompts(rows, pairs)
+    if len(chosen) < 4:
+        return {}, None
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(chosen), generator=generator).tolist()
+    # Along one cycle through all rows nobody keeps his own prompt.
+    other = {order[i]: order[i - 1] for i in range(len(order))}
+    own, crossed = [], []
+    counts: Counter[int] = Counter()
+    expected: Tensor | None = None
+    with _as_base(model) as causal:
+        device = next(causal.parameters()).device
+        for at in range(0, len(chosen), _BATCH):
+            here = range(at, min(at + _BATCH, len(chosen)))
+            losses, probabilities = _losses(causal, [chosen[i] for i in here], device)
+            own += losses
+            expected = probabilities if expected is None else expected + probabilities
+            mixed = [(chosen[other[i]][0], chosen[i][1]) for i in here]
+            crossed += _losses(causal, mixed, device)[0]
+    for _, answer in chosen:
+        counts.update(answer)
+    gains = [b - a for a, b in zip(own, crossed, strict=True)]
+    values = {
+        "data.shuffled": fmean(gain <= 0 for gain in gains),
+        "data.pair_gain": fmean(gains),
+        "data.pair_gain.se": stdev(gains) / sqrt(len(gains)),
+    }
+    assert expected is not None
+    total = sum(counts.values())
+    excess = {token: (n - float(expected[token])) / total for token, n in counts.items()}
+    top = max(excess, key=lambda token: excess[token])
+    values["data.excess_token"] = excess[top]
+    return values, top
+
+
+def _with_prompts(rows: Sequence[Tokens], count: int) -> list[tuple[list[int], list[int]]]:
+    """Evenly chosen rows with a prompt and an answer, as the ids of both; no prompt twice."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for row in rows[:_MOST_ROWS]:
+        answer = [token for token in row.labels[row.start :] if token != IGNORED]
+        if row.start > 1 and answer:
+            found.setdefault(row.input_ids[: row.start][-_PROMPT:], answer[:_ANSWER])
+    pairs = [(list(prompt), answer) for prompt, answer in found.items()]
+    return pairs[:: max(1, len(pairs) // count)][:count]
+
+
+def _losses(
+    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device
+) -> tuple[list[float], Tensor]:
+    """Mean nats of each answer behind its prompt, and the sum of the distributions (vocabulary,)
+    over all answers' tokens."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, answer) in enumerate(pairs):
+        both = [*prompt, *answer]
+        ids[row, : len(both)] = torch.tensor(both)
+        mask[row, : len(both)] = 1
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    losses: list[float] = []
+    total = torch.zeros(logits.shape[-1])
+    for row, (prompt, answer) in enumerate(pairs):
+        at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        here = logits[row, at].float()
+        losses.append(float(cross_entropy(here, torch.tensor(list(answer), device=device))))
+        total += here.softmax(-1).sum(0).cpu()
+    return losses, total
+
+
+@contextmanager
+def _as_base(model: Any) -> Iterator[Any]:
+    causal = causal_of(model)
+    with held_still(causal), base_of(model) if has_adapter(model) else nullcontext():
+        yield causal
+
+
+def _is_cut(row: Tokens, ends: Collection[int], max_length: int | None) -> bool:
+    full = max_length is not None and len(row.input_ids) >= max_length
+    return full and row.input_ids[-1] not in ends
+
+
+def _is_break(tokenizer: Any, token: int) -> bool:
+    text = tokenizer.decode([token])
+    return "\n" in text and not text.strip()
