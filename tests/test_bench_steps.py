@@ -197,6 +197,9 @@ def test_a_batch_is_counted_alike_however_it_lies() -> None:
     assert Seen.of(flatten(rows[::-1])) == flat
     other = as_row({**instructions()[3], "input_ids": ids(17, 5)})
     assert Seen.of(flatten([*rows[:3], other])).checksum != flat.checksum
+    sums = [Seen.of({"input_ids": torch.tensor([t]), "labels": torch.tensor([t])}).checksum
+            for t in ([6, 6], [5, 7])]  # fmt: skip
+    assert sums[0] != sums[1]
 
 
 def test_a_gate_measures_the_steps_of_a_lap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,18 +256,21 @@ def test_a_worker_that_cannot_train_says_why(
     assert done.skipped == {"lame": "not here"}
     assert done.peaks == {"a": 2.0, "b": 2.0}
     assert [lap.losses for lap in done.laps("b")] == [(3.0,), (3.0,)]
+    with pytest.raises(RuntimeError, match="elsewhere trained on other rows than a"):
+        race({**ways, "elsewhere": Way("", "elsewhere")}, work, 1, 3, 1)
     turns = [line.split(":")[0] for line in said if line[0].isdigit()]
     assert turns == ["1 a", "1 b", "1 gemm", "2 a", "2 b", "2 gemm"]
 
 
 ANSWERS = """
 import json, sys
+lap = {"run": 2.0, "cpu": 1.0, "tokens": 9, "learned": 4, "losses": [3.0]}
 for line in sys.stdin:
     order = json.loads(line)
-    lap = {"run": 2.0, "cpu": 1.0, "tokens": 9, "learned": 4, "checksum": 7, "losses": [3.0]}
     if order.get("way") == "lame":
         said = {"error": "not here"}
     elif "way" in order:
+        lap["checksum"] = len(order["way"])
         said = {"ready": True, "peak_gb": 1.0}
     else:
         assert order == {"warm": 1, "steps": 3}
