@@ -2,21 +2,45 @@
 
 A `Subject` is a model over its whole life; `look()` is one moment of it. Probes read numbers off
 a look; whatever several of them need (greedy completions, teacher-forced distributions) is made
-on first use and kept. A model is left as it was found: weights, training mode, forwards,
-attention, random numbers.
+on first use and kept. A model is left as it was found: weights, training mode, requires_grad,
+forwards, attention, random numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from loralab.health.prompts import Prompt
+from loralab.engines.base import Request, Sampling
+from loralab.engines.batched import BatchedEngine
+from loralab.engines.prompts import PromptEncoder
+from loralab.engines.stopping import end_tokens
+from loralab.errors import UserError
+from loralab.health.findings import Example
+from loralab.health.forced import Forced, Row, Seen, batches, compare, run
+from loralab.health.prompts import Prompt, as_prompts
 from loralab.health.reading import Reading
+from loralab.health.still import base_of, causal_of, has_adapter, held_still
+from loralab.health.text import Answer, badness
 from loralab.tasks.base import Message
+
+__all__ = ["Completion", "Forced", "Look", "Probe", "Subject", "measure"]
+
+OWN_TOKENS = 32
+"""Of each of the model's own completions, from its beginning, that are read back."""
+
+SHOWN = 2
+"""Examples that a reading shows of the worst texts, and as many of the same prompts each time."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -32,41 +56,20 @@ class Completion:
     failed: str | None = None
 
 
-@dataclass(frozen=True)
-class Forced:
-    """What a model expects along fixed texts, beside its base: one entry a token, float32, CPU.
-
-    rows: (n,) int64, index of the prompt. tokens: (n,) int64, the token that stands there; the
-    last of a row is the end token where `ends`.
-    nll: (n,) nats of that token. entropy: (n,) nats of the next-token distribution.
-    base_nll, base_entropy: the base's. kl: (n,) KL(model || base) over the full vocabulary, nats.
-    agree: (n,) bool, the same most likely token. Without a base these four are NaN and False.
-    """
-
-    rows: Tensor
-    tokens: Tensor
-    ends: Tensor
-    nll: Tensor
-    entropy: Tensor
-    base_nll: Tensor
-    base_entropy: Tensor
-    kl: Tensor
-    agree: Tensor
-
-
 class Subject:
     """What is looked at.
 
     model: a causal LM of Transformers, or a PeftModel around one (LoRA, LS-LoRA, SineLoRA, any
         that acts within the model's modules), in memory, in training or not.
     prompts: Prompt, text, or messages; None takes the shipped ones.
-    base: None compares with the true base of a PeftModel, and with nothing where there is none; a
-        second model compares with that; "now" with the model as it is at this moment, of which
-        completions and expectations are kept (for whole models in training).
+    base: None compares with the true base of a model with adapters, and with nothing where there
+        are none; a second model compares with that; "now" with the model as it is at this moment,
+        whose completions and expectations are kept (for whole models in training).
+    seed: of what is drawn, such as which prompts are exchanged.
     max_new_tokens: of each completion.
 
     Raises:
-        UserError: an adapter with virtual tokens (prompt tuning), an encoder-decoder.
+        UserError: an adapter with virtual tokens (prompt tuning), an encoder-decoder, no prompts.
     """
 
     def __init__(
@@ -75,57 +78,250 @@ class Subject:
         tokenizer: Any,
         *,
         prompts: Sequence[Prompt | str | Sequence[Message]] | None = None,
-        base: Any | Literal["now"] | None = None,
+        base: Any = None,
         seed: int = 0,
         max_new_tokens: int = 48,
     ) -> None:
-        raise NotImplementedError
-
-    prompts: tuple[Prompt, ...]
-    model: Any
-    tokenizer: Any
-    seed: int
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompts = as_prompts(prompts)
+        self.seed = seed
+        self.max_new_tokens = max_new_tokens
+        self.causal = causal_of(model)
+        if getattr(self.causal.config, "is_encoder_decoder", False):
+            raise UserError(
+                f"{type(self.causal).__name__} is an encoder-decoder: only causal language models "
+                "can be looked at"
+            )
+        self.encoder = PromptEncoder(tokenizer)
+        self.ends = end_tokens(self.causal, tokenizer)
+        self._now = isinstance(base, str)
+        if self._now and base != "now":
+            raise UserError(f"base is {base!r}; expected a model in memory, None or 'now'")
+        self._second = None if self._now else base
+        self.has_base = base is not None or has_adapter(self.causal)
+        self._hidden: dict[tuple[Row, ...], Tensor | None] = {}
+        self._head: Any = None
+        if self._now:
+            self._keep_now()
 
     @property
-    def has_base(self) -> bool:
-        """Whether there is something to compare with."""
-        raise NotImplementedError
+    def only_kept(self) -> bool:
+        """Whether of the base there is no more than what was kept of it ("now")."""
+        return self._now
 
-    @property
+    @cached_property
+    def requests(self) -> list[Any]:
+        """The prompts as an engine is asked."""
+        return [prompt.given_to(self.tokenizer) for prompt in self.prompts]
+
+    @cached_property
     def base_completions(self) -> tuple[Completion, ...]:
         """One a prompt, made once; () without a base."""
-        raise NotImplementedError
+        if not self.has_base:
+            return ()
+        with self.as_base() as causal:
+            return self.complete(causal)
+
+    @cached_property
+    def good_rows(self) -> tuple[Row, ...]:
+        """Prompts followed by their known-good texts and an end token; the base's own completion
+        where there is no such text. A prompt that has neither gives no row."""
+        own_end = self.tokenizer.eos_token_id
+        rows = []
+        for index, prompt in enumerate(self.prompts):
+            if prompt.good is None and not self.has_base:
+                continue
+            if prompt.good is None:
+                made = self.base_completions[index]
+                answer, ends = made.token_ids, made.ended
+            else:
+                ids = self.tokenizer(prompt.good, add_special_tokens=False)["input_ids"]
+                ends = own_end is not None
+                answer = (*ids, own_end) if ends else tuple(ids)
+            rows.append(self.row(index, self.requests[index], answer, ends))
+        return tuple(rows)
+
+    def row(self, index: int, request: Any, answer: Sequence[int], ends: bool) -> Row:
+        """A row of a prompt, as an engine is asked, and the ids of an answer; cut to the model's
+        context."""
+        front = self.encoder.encode(request)
+        ids = (*front, *answer)
+        limit = getattr(self.causal.config, "max_position_embeddings", None) or len(ids)
+        # Nothing stands before the first token that could predict it.
+        return Row(index, ids[:limit], max(1, len(front)), ends and len(ids) <= limit)
 
     def look(self) -> Look:
         """The model as it is now."""
-        raise NotImplementedError
+        return Look(self)
+
+    @contextmanager
+    def as_model(self) -> Iterator[Any]:
+        """The model, held still."""
+        with held_still(self.causal):
+            yield self.causal
+
+    @contextmanager
+    def as_base(self) -> Iterator[Any]:
+        """The base, held still.
+
+        Raises:
+            UserError: there is none any more ("now"), or the adapter is merged.
+        """
+        if self._second is not None:
+            causal = causal_of(self._second)
+            with held_still(causal):
+                yield causal
+        elif self._now and self._head is not None:
+            raise UserError("the base was the model as it stood, of which no weights were kept")
+        elif self._now:
+            with self.as_model() as causal:
+                yield causal
+        else:
+            with held_still(self.causal), base_of(self.model):
+                yield self.causal
+
+    def complete(
+        self, causal: Any, requests: Sequence[Any] | None = None, max_new_tokens: int | None = None
+    ) -> tuple[Completion, ...]:
+        """Greedy completions of the model as it stands within `as_model` or `as_base`."""
+        sampling = Sampling(max_new_tokens or self.max_new_tokens)
+        # The PyTorch engine runs a model as it stands, whatever is in its layers.
+        engine = BatchedEngine(causal, self.tokenizer, backend="torch")
+        wanted = self.requests if requests is None else requests
+        return tuple(
+            Completion(made.text, made.tokens, made.finish_reason == "stop", made.error)
+            for made in engine.generate([Request(request, None, sampling) for request in wanted])
+        )
+
+    def expect(self, rows: Sequence[Row], base: bool, keep: bool = False) -> Forced:
+        """What the model expects along rows; beside its base where `base`.
+
+        keep: the rows come again, so the base's part is worth keeping.
+        """
+        vocabulary = self.causal.config.get_text_config(decoder=True).vocab_size
+        parts = []
+        for batch in batches(rows, vocabulary):
+            with self.as_model() as causal:
+                logits = run(causal, batch).logits
+            beside = self._base_logits(tuple(batch), keep) if base and self.has_base else None
+            parts.append(compare(batch, logits, beside))
+        return Forced.joined(parts).of_rows_in_order() if parts else Forced.none()
+
+    def base_alone(self, rows: Sequence[Row]) -> Forced:
+        """What the base expects along rows, in the fields of the model."""
+        vocabulary = self.causal.config.get_text_config(decoder=True).vocab_size
+        parts = []
+        for batch in batches(rows, vocabulary):
+            with self.as_base() as causal:
+                parts.append(compare(batch, run(causal, batch).logits, None))
+        return Forced.joined(parts).of_rows_in_order() if parts else Forced.none()
+
+    def _base_logits(self, batch: tuple[Row, ...], keep: bool) -> Tensor:
+        hidden = self._hidden.get(batch)
+        if hidden is None:
+            seen = self._base_seen(batch)
+            if keep:
+                self._hidden[batch] = seen.hidden.cpu() if seen.plain else None
+            return seen.logits
+        if self._head is not None:
+            with torch.no_grad():
+                return self._head_logits(self._head, hidden)
+        with self.as_base() as causal:
+            return self._head_logits(causal.get_output_embeddings(), hidden)
+
+    def _base_seen(self, batch: Sequence[Row]) -> Seen:
+        with self.as_base() as causal:
+            return run(causal, batch)
+
+    def _head_logits(self, head: Any, hidden: Tensor) -> Tensor:
+        device = next(head.parameters()).device
+        logits: Tensor = head(hidden.to(device)[None])[0]
+        return logits
+
+    def _keep_now(self) -> None:
+        """Of the model as it stands, what a base must give later."""
+        _ = self.base_completions
+        self.expect(self.good_rows, base=True, keep=True)
+        if any(hidden is None for hidden in self._hidden.values()):
+            raise UserError(
+                f"{type(self.causal).__name__} changes its logits after the output head, so what "
+                "it expects now cannot be kept: give the base as a second model"
+            )
+        with torch.no_grad():
+            self._head = copy.deepcopy(self.causal.get_output_embeddings())
 
 
 class Look:
     """One moment of a subject. What is asked for first after the weights have moved is of the
-    moved weights: read a look before training goes on."""
+    moved weights: read a look before training goes on.
 
-    subject: Subject
+    seconds: what was made for it, and how long that took, "completions", "good" and "own"; the
+    first look of a subject makes the base's too.
+    """
 
-    @property
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.seconds: dict[str, float] = {}
+
+    @cached_property
     def completions(self) -> tuple[Completion, ...]:
         """One a prompt, greedy."""
-        raise NotImplementedError
+        return self._timed("completions", self._complete)
 
     @property
     def base_completions(self) -> tuple[Completion, ...]:
-        """The subject's."""
-        raise NotImplementedError
+        """The subject's; () without a base."""
+        return self.subject.base_completions
 
-    @property
+    @cached_property
     def good(self) -> Forced:
-        """Along the prompts' known-good texts and their end token."""
-        raise NotImplementedError
+        """Along the prompts' known-good texts and their end tokens."""
+        return self._timed(
+            "good", lambda: self.subject.expect(self.subject.good_rows, base=True, keep=True)
+        )
 
-    @property
+    @cached_property
     def own(self) -> Forced:
-        """Along the first 32 tokens of the model's own completions."""
-        raise NotImplementedError
+        """Along the first 32 tokens of the model's own completions; without a base's numbers where
+        only the model as it once stood is the base."""
+        return self._timed("own", self._own)
+
+    def answers(self) -> tuple[Answer, ...]:
+        """The completions beside prompt and base, as text statistics take them."""
+        return tuple(
+            Answer(prompt.shown, made.text, made.token_ids, made.ended, made.failed is not None)
+            for prompt, made in zip(self.subject.prompts, self.completions, strict=True)
+        )
+
+    def base_answers(self) -> tuple[Answer, ...]:
+        """As `answers`, of the base; () without one."""
+        if not self.subject.has_base:
+            return ()
+        return tuple(
+            Answer(prompt.shown, made.text, made.token_ids, made.ended, made.failed is not None)
+            for prompt, made in zip(self.subject.prompts, self.base_completions, strict=True)
+        )
+
+    def _complete(self) -> tuple[Completion, ...]:
+        with self.subject.as_model() as causal:
+            return self.subject.complete(causal)
+
+    def _own(self) -> Forced:
+        subject = self.subject
+        rows = [
+            subject.row(index, request, made.token_ids[:OWN_TOKENS], made.ended)
+            for index, (request, made) in enumerate(
+                zip(subject.requests, self.completions, strict=True)
+            )
+        ]
+        return subject.expect(rows, base=not subject.only_kept)
+
+    def _timed(self, name: str, make: Callable[[], _T]) -> _T:
+        began = time.perf_counter()
+        made = make()
+        self.seconds[name] = time.perf_counter() - began
+        return made
 
 
 class Probe(Protocol):
@@ -139,5 +335,24 @@ class Probe(Protocol):
 
 
 def measure(look: Look, probes: Sequence[Probe], step: int) -> Reading:
-    """Every probe's values in one reading, with examples (the worst texts first) and the time."""
-    raise NotImplementedError
+    """Every probe's values in one reading, with examples: the worst texts, then the same prompts
+    each time."""
+    began = time.perf_counter()
+    values: dict[str, float] = {}
+    for probe in probes:
+        values.update(probe.measure(look))
+    examples = _examples(look)
+    return Reading(step, values, examples, time.perf_counter() - began)
+
+
+def _examples(look: Look) -> tuple[Example, ...]:
+    answers, base = look.answers(), look.base_answers()
+    bad = [
+        badness(answer) - (badness(base[index]) if base else 0.0)
+        for index, answer in enumerate(answers)
+    ]
+    worst = sorted(range(len(answers)), key=lambda index: -bad[index])[:SHOWN]
+    chosen = [*worst, *(i for i in range(min(SHOWN, len(answers))) if i not in worst)]
+    return tuple(
+        Example(answers[i].prompt, answers[i].text, base[i].text if base else "") for i in chosen
+    )
