@@ -16,7 +16,7 @@ from loralab.health.data import (
     DataProbe,
     Tokens,
     base_values,
-    end_tokens,
+    ends_of,
     foreign_template,
     row_facts,
     tokens_of,
@@ -40,7 +40,7 @@ def healthy(count: int = 12, seed: int = 0) -> list[Tokens]:
 
 def facts(rows: Sequence[Tokens], **options: Any) -> dict[str, float]:
     made = tiny.tokenizer()
-    return dict(row_facts(rows, made, end_tokens(made), **options).values)
+    return dict(row_facts(rows, made, ends_of(made), **options).values)
 
 
 FAULTS = ("all_masked", "eos_missing", "pad_is_eos_masked", "double_bos", "truncated")
@@ -74,11 +74,11 @@ def test_an_end_masked_as_padding_is_told_from_one_that_is_not_there() -> None:
         Tokens(r.input_ids, tuple(IGNORED if t == tiny.EOS else t for t in r.labels))
         for r in healthy()
     ]
-    values = dict(row_facts(rows, made, end_tokens(made)).values)
+    values = dict(row_facts(rows, made, ends_of(made)).values)
     assert (values["data.eos_missing"], values["data.pad_is_eos_masked"]) == (1.0, 1.0)
     other = dict(row_facts(rows, tiny.tokenizer(), {tiny.EOS}).values)
     assert (other["data.eos_missing"], other["data.pad_is_eos_masked"]) == (1.0, 0.0)
-    sound = dict(row_facts(healthy(), made, end_tokens(made)).values)
+    sound = dict(row_facts(healthy(), made, ends_of(made)).values)
     assert (sound["data.eos_missing"], sound["data.pad_is_eos_masked"]) == (0.0, 0.0)
 
 

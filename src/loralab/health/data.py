@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from loralab.data.check import contamination
 from loralab.data.documents import Document
+from loralab.engines.stopping import end_tokens
 from loralab.health.still import base_of, causal_of, has_adapter, held_still
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class DataProbe:
     """
 
     name = "data"
+    measures = "labels, ends, template, copies and line breaks of rows; do answers fit prompts"
+    cost = "32 short rows through the base, once"
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class DataProbe:
     def measure_model(self, model: Any | None) -> dict[str, float]:
         """As `measure`, of a model in memory; None leaves out what needs one."""
         if self.facts is None:
-            ends = {*self._ends, *end_tokens(self._tokenizer, model)}
+            ends = {*self._ends, *ends_of(self._tokenizer, model)}
             facts = row_facts(self._rows, self._tokenizer, ends, self._max_length)
             values = dict(facts.values)
             places: tuple[str, ...] = ()
@@ -134,7 +137,8 @@ def tokens_of(rows: Iterable[Any]) -> Iterator[Tokens]:
     give batches to `tokens_of_batch`."""
     for row in rows:
         get = row.get if isinstance(row, Mapping) else lambda key, of=row: getattr(of, key, None)
-        ids, labels = list(get("input_ids")), get("labels")
+        ids: list[int] = list(get("input_ids") or ())
+        labels = get("labels")
         mask = next((m for k in ("completion_mask", "assistant_masks") if (m := get(k))), None)
         if labels is None:
             labels = ids if mask is None else [t if m else IGNORED for t, m in zip(ids, mask)]  # noqa: B905
@@ -154,12 +158,12 @@ def tokens_of_batch(batch: Mapping[str, Any]) -> Iterator[Tokens]:
         yield Tokens(tuple(ids[row][kept].tolist()), tuple(labels[row][kept].tolist()))
 
 
-def end_tokens(tokenizer: Any, model: Any | None = None) -> set[int]:
-    """Tokens that end an answer: the tokenizer's, and those that generation stops at."""
-    config = getattr(model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    several = found if isinstance(found, list | tuple) else [found]
-    return {int(x) for x in (*several, tokenizer.eos_token_id) if x is not None}
+def ends_of(tokenizer: Any, model: Any | None = None) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and with a model those it stops at."""
+    if model is not None:
+        return end_tokens(causal_of(model), tokenizer)
+    end = tokenizer.eos_token_id
+    return frozenset() if end is None else frozenset({end})
 
 
 def row_facts(

@@ -42,6 +42,8 @@ class ParityProbe:
     """
 
     name = "parity"
+    measures = "merged = unmerged and saved = reloaded, factors and splines random; missing keys"
+    cost = "each adapted layer copied and run once, the adapter written and read once"
 
     def __init__(
         self, adapter: str | None = None, missing: int | None = None, unexpected: int | None = None
@@ -74,7 +76,7 @@ class ParityProbe:
 @torch.no_grad()
 def merge_difference(model: nn.Module, adapter: str) -> float | None:
     """The largest relative difference that merging makes in a layer; None if none can be merged."""
-    config = model.peft_config[adapter]  # type: ignore[index, union-attr]
+    config = model.peft_config[adapter]  # type: ignore[index]
     if isinstance(config, NonlinearConfig) and not config.mergeable:
         return None
     worst: float | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, isfinite
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loralab.adapters.dense import dense_weight
 from loralab.adapters.factors import PEFT_PREFIX
 from loralab.adapters.spline_diagnostics import measure as measure_splines
 from loralab.adapters.spline_diagnostics import spline_layers
@@ -34,6 +35,7 @@ INTRUDER = 0.5
 
 _LEADING = 10
 _LARGEST_SVD = 4096
+_QUANTISED = {"Params4bit", "Int8Params"}
 _ITERATIONS, _COLUMNS = 12, 4
 
 
@@ -66,6 +68,8 @@ class WeightProbe:
     """
 
     name = "weights"
+    measures = "||dW|| / ||W||, ranks, share of W, dead and NaN tensors, splines"
+    cost = "a QR of both factors a module; the base's norms once"
 
     def __init__(self, adapter: str | None = None, intruders: int = 0) -> None:
         self.adapter = adapter
@@ -271,16 +275,18 @@ def _size(ratio: float) -> float:
 
 
 def _base_weight(layer: Any) -> Tensor | None:
-    """W (out, in) of the true base; None where it is no dense matrix."""
+    """W (out, in) of the true base, dequantised; None where it is no matrix of a linear module."""
     base = layer.get_base_layer()
-    weight = weight_of(base)
-    memory = memory_of(layer)
-    if weight is not None and memory is not None:
-        stored = memory.weight.to(weight.device)
-        weight = stored.T if type(base).__name__ == "Conv1D" else stored
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+    if type(getattr(base, "weight", None)).__name__ in _QUANTISED:
+        return dense_weight(base)
+    weight, memory = weight_of(base), memory_of(layer)
+    if weight is None or not weight.is_floating_point():
         return None
-    return weight
+    if memory is None:
+        return weight
+    stored = memory.weight.to(weight.device)
+    transposed: Tensor = stored.T
+    return transposed if type(base).__name__ == "Conv1D" else stored
 
 
 def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor] | None:
@@ -353,18 +359,7 @@ def _with_intruders(row: ModuleWeights, layer: Any, adapter: str) -> ModuleWeigh
     if change is None:
         return row
     count = intruders(weight.float(), change.float())
-    return ModuleWeights(*(getattr(row, f) for f in _FIELDS), intruders=count)
-
-
-_FIELDS = (
-    "delta_ratio",
-    "spectral_ratio",
-    "effective_rank",
-    "stable_rank",
-    "base_share",
-    "idle",
-    "dead",
-)
+    return replace(row, intruders=count)
 
 
 def intruders(weight: Tensor, change: Tensor, leading: int = _LEADING) -> int:
