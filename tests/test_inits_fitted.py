@@ -165,7 +165,7 @@ def test_loftq_is_nearer_to_the_weight_the_more_turns_it_takes(bits: int, kind: 
 
 
 @pytest.mark.parametrize("new", [2, 4, 7])
-@pytest.mark.parametrize("scaling", [0.5, 2.0])
+@pytest.mark.parametrize("scaling", [0.5, 2.0, -1.5])
 def test_resizing_keeps_what_the_rank_can_hold(new: int, scaling: float) -> None:
     generator = torch.Generator().manual_seed(0)
     old = Factors(torch.randn(4, 30, generator=generator), torch.randn(20, 4, generator=generator))

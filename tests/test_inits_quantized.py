@@ -11,6 +11,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import tiny
+from loralab.adapters.dense import dense_weight
+from loralab.adapters.inits.quantize import fake_quantize
+from loralab.adapters.targets import linear_weights
 from loralab.errors import UserError
 from loralab.models.load import load
 from loralab.registry import INITS
@@ -75,3 +78,19 @@ def test_loftq_says_what_a_quantised_base_needs(folder: Path) -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(UserError, match="reference"):
         start(model, "loftq")
+
+
+def test_the_dense_weight_is_what_quantisation_left(folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    full, _ = load(folder, "float32")
+    for bits, number in (("nf4", 4), ("int8", 8)):
+        quantised, _ = load(folder, "float32", quantization=bits)  # type: ignore[arg-type]
+        for name, weight in linear_weights(full).items():
+            step = weight.abs().amax(1, keepdim=True) / 127
+            found = dense_weight(quantised.get_submodule(name))
+            wanted = fake_quantize(weight, number)
+            if bits == "int8":  # from float16, which rounds some to the next step
+                assert ((found - weight).abs() / step).max() < 0.6
+                assert ((found - wanted).abs() / step).mean() < 0.05
+            else:
+                torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)

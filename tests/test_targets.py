@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from loralab.adapters.targets import linear_weights
@@ -37,6 +38,9 @@ def test_names_pick_modules() -> None:
         "model.layers.0.mlp.up_proj",
         "model.layers.1.self_attn.k_proj",
     ]
+    # As in PEFT a name is a whole part of the path, not the end of one.
+    fused = nn.ModuleDict({"gate_up_proj": nn.Linear(2, 3), "up_proj": nn.Linear(2, 3)})
+    assert list(linear_weights(fused, ["up_proj"])) == ["up_proj"]
     with pytest.raises(UserError, match="no linear module is named 'query'; this model has down_p"):
         linear_weights(model, ["query"])
     with pytest.raises(UserError, match='expected "all-linear" or a list'):
