@@ -18,7 +18,6 @@ from loralab.health.rules_population import POPULATION
 from loralab.health.rules_text import TEXT
 from loralab.health.rules_training import NUMBERS, SPLINES, START
 
-
 RULES: tuple[Rule, ...] = (
     *START,
     *NUMBERS,

@@ -43,9 +43,9 @@ DATA = (
         evidence="direct",
     ),
     Rule(
-        "data.top_token",
+        "data.one_token",
         "data.overweighted_token",
-        warn=(over("data.top_token_share", t.TOP_TOKEN),),
+        warn=(over("data.excess_token", t.EXCESS),),
         evidence="direct",
     ),
     Rule(
@@ -122,7 +122,7 @@ PARITY = (
     ),
 )
 
-_UNEARNED = ("empty", "newlines", "copied_prompt", "all_options")
+_UNEARNED = ("empty", "newlines", "copied", "options")
 CANARIES = (
     *(
         Rule(
@@ -137,6 +137,12 @@ CANARIES = (
         "canary.identity",
         "evaluation.baseline",
         fail=(over("canary.identity", t.IDENTITY),),
+        evidence="direct",
+    ),
+    Rule(
+        "canary.baseline",
+        "evaluation.baseline",
+        fail=(over("canary.baseline", t.BASELINE),),
         evidence="direct",
     ),
     Rule(

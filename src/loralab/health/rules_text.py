@@ -42,10 +42,21 @@ TEXT = (
         "lr.too_high",
         ("data.overweighted_token", "data.eos_masked", "collapse.mode"),
         fail=(
-            over("text.degenerate", t.DEGENERATE),
-            over_base("text.degenerate", t.DEGENERATE_RISE),
+            over("text.looping", t.DEGENERATE),
+            over_base("text.looping", t.DEGENERATE_RISE),
         ),
-        warn=(over_base("text.degenerate", t.DEGENERATE_RISE_SOME),),
+        warn=(over_base("text.looping", t.DEGENERATE_RISE_SOME),),
+        evidence="symptom",
+    ),
+    Rule(
+        "text.run",
+        "data.overweighted_token",
+        ("lr.too_high", "data.newlines"),
+        fail=(
+            over("text.long_run", t.DEGENERATE),
+            over_base("text.long_run", t.DEGENERATE_RISE),
+        ),
+        warn=(over_base("text.long_run", t.DEGENERATE_RISE_SOME),),
         evidence="symptom",
     ),
     Rule(

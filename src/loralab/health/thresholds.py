@@ -129,7 +129,9 @@ PAD_IS_END = Limit(0.5, "rows in which masking the padding masks the end")
 DOUBLE_START = Limit(0.5, "rows")
 LINE_BREAKS = Limit(0.5, _RECKONED + "of learned tokens; code has 0.1 to 0.2, lists 0.15")
 LINE_BREAKS_SOME = Limit(0.3, _RECKONED + "as before")
-TOP_TOKEN = Limit(0.6, _RECKONED + "a class and its end have 0.5 by right, so a warning alone")
+EXCESS = Limit(
+    0.3, _RECKONED + "share over what the base expects, healthy under 0.15; a class may come near"
+)
 SHUFFLED = Limit(0.35, _RECKONED + "0.5 is chance; one-word classes come near, so a warning alone")
 SHUFFLED_GAIN = Limit(0.7, _RECKONED + "of the base's gain from the right prompt")
 TEMPLATE = Limit(0.5, "rows with marks of a chat template that this tokenizer does not have")
@@ -159,6 +161,7 @@ SPLINE_FLAG = Limit(0.0, "docs/lslora.md, V2 to V5: tanh and soft cost little, s
 
 CANARY = Limit(0.0, "a text without merit scores more than the base's answers")
 IDENTITY = Limit(1e-6, "an adapter that changes nothing changes no metric")
+BASELINE = Limit(1e-6, "the score reported for the base, off the one measured here")
 ONE_PROMPT = Limit(0.5, _RECKONED + "share of prompts that differ; examples differ all")
 LAST_ANSWER = Limit(-1e-6, "the right answer after a wrong one is the answer")
 
@@ -177,7 +180,6 @@ DOMINANCE = Limit(
     _RECKONED + "noise over |W| of a module, times the median module's; one by granularity module",
 )
 DOMINANCE_SOME = Limit(3.0, _RECKONED + "modules of a healthy layer differ by a factor of two")
-FLOORED = Limit(0.8, _RECKONED + "of the centre's reward is lost by the members' mean")
 GARBLED_MEMBERS = Limit(0.5, _RECKONED + "share of members' texts that repeat, over the centre's")
 GAP = Limit(3.0, _RECKONED + "standard errors: training reward up while held-out reward is down")
 REWARD_UP = Limit(3.0, _RECKONED + "standard errors")
