@@ -45,7 +45,8 @@ class ModuleWeights:
 
     effective_rank: exp of the entropy of the singular values' shares (Roy and Vetterli 2007).
     stable_rank: ||dW||_F^2 / ||dW||_2^2. base_share: <dW, W> / ||dW||_F^2, about 0 for what was
-    learned and 1 where dW is a part of W itself. idle: dW = 0. dead: both factors are 0, from where
+    learned and 1 where dW is a part of W itself; 0 of a dW so small that chance could give
+    either. idle: dW = 0. dead: both factors are 0, from where
     no gradient leads away. intruders: None where it was not looked for. NaN where dW is.
     """
 
@@ -127,7 +128,9 @@ class WeightProbe:
         if values is None:
             nan = float("nan")
             return ModuleWeights(nan, nan, nan, nan, nan, False, dead)
-        return _of_spectrum(values, inner, norm, spectral, dead)
+        # Random directions have a cosine of 1 / sqrt(entries); near that a share says nothing.
+        clear = float(values.norm()) * weight.numel() ** 0.5 > 10 * norm
+        return _of_spectrum(values, inner if clear else 0.0, norm, spectral, dead)
 
     def _norm(self, layer: Any, weight: Tensor) -> tuple[float, float]:
         """||W||_F and ||W||_2 of the true base, kept: the base does not change."""
@@ -315,7 +318,8 @@ def _singular_values(a: Tensor, b: Tensor) -> Tensor | None:
     if not _finite(a) or not _finite(b):
         return None
     core = torch.linalg.qr(b.double()).R @ torch.linalg.qr(a.double().T).R.T
-    return torch.linalg.svdvals(core)
+    values: Tensor = torch.linalg.svdvals(core)
+    return values
 
 
 def _of_spectrum(
