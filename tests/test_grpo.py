@@ -18,7 +18,7 @@ from loralab.adapters.true_base import true_base
 from loralab.config import AdapterConfig, GrpoConfig, TrainingConfig, parse
 from loralab.config.grpo import PolicyConfig
 from loralab.errors import UserError
-from loralab.gradient.events import StepDone
+from loralab.gradient.events import Remark, StepDone
 from loralab.gradient.grpo import Sampled, advantages, train_policy
 from loralab.gradient.loop import checkpoints
 from loralab.gradient.reinforce import places
@@ -307,6 +307,26 @@ def test_a_run_raises_the_reward_and_resumes_to_the_same_bits(
     pipeline.resume(tmp_path / "cut", None, lambda event: None)
     assert without_times(Run.open(tmp_path / "cut")) == without_times(run)
     assert Run.open(tmp_path / "cut").completions() == run.completions()
+
+
+@pytest.mark.parametrize(("longest", "told"), [(6, 1), (40, 0)])
+def test_completions_that_lose_their_end_are_told_of_once(
+    folder: Path, tmp_path: Path, longest: int, told: int
+) -> None:
+    said: list[str] = []
+    config = config_for(
+        folder,
+        training={"steps": 2, "batch_size": 2, "lr": 1e-3, "max_length": longest},
+        generation={"max_new_tokens": 5},
+        evaluation={"limit": 1},
+    )
+
+    def note(event: Any) -> None:
+        if isinstance(event, Remark):
+            said.append(event.text)
+
+    pipeline.start(config, tmp_path / "run", note)
+    assert sum("learned without their end" in text for text in said) == told
 
 
 def test_what_a_config_cannot_mean_is_said(folder: Path) -> None:

@@ -17,6 +17,7 @@ from loralab.gradient.answers import Answers
 from loralab.gradient.diary import Diary
 from loralab.gradient.events import (
     OnTrainingEvent,
+    Remark,
     TrainingEnded,
     TrainingStarted,
     ignore,
@@ -75,7 +76,7 @@ def _reinforce(
         model, tokenizer = load(config.model, config.dtype, config.device, config.quantization)
         live = LiveEngine(model, tokenizer, config)
         judge = Judge(model, tokenizer, task, config, engine=live)
-    source = _Source(config, task, tokenizer, live, run, timings)
+    source = _Source(config, task, tokenizer, live, run, timings, on_event)
     run.note(kernel=live.kernel, rows=len(source.examples))
 
     found = checkpoints(run.checkpoints)
@@ -141,6 +142,7 @@ class _Source:
         live: LiveEngine,
         run: Run,
         timings: Timings,
+        on_event: OnTrainingEvent,
     ) -> None:
         self.examples = tuple(task.examples("train"))
         if not self.examples:
@@ -150,6 +152,8 @@ class _Source:
         self._live = live
         self._run = run
         self._timings = timings
+        self._on_event = on_event
+        self._told_of_cut = False
         self._encoder = PromptEncoder(tokenizer)
         self._settings = config.generation.model_copy(
             update={"temperature": config.grpo.temperature, "top_k": 0, "top_p": 1.0}
@@ -203,6 +207,14 @@ class _Source:
         prompt = self._encoder.encode(rollout.prompt)
         most = self._config.training.max_length
         ids = (*prompt, *tokens)
+        if len(ids) > most and not self._told_of_cut:
+            self._told_of_cut = True
+            self._on_event(
+                Remark(
+                    f"completions that go beyond training.max_length {most} are scored whole and "
+                    f"learned without their end, the first after example {rollout.example.id}"
+                )
+            )
         return Row(ids[:most], ((IGNORED,) * len(prompt) + tuple(tokens))[:most])
 
     def _show(self, batch: Batch, rollouts: Sequence[Rollout], number: int) -> None:
