@@ -70,10 +70,10 @@ def _say_stages(run: Run, complete: bool, console: Console) -> None:
     found = read_table(run)
     if found is not None:
         shown = Table(box=None, padding=(0, 2), show_edge=False)
-        for number, title in enumerate(header(found)):
+        for number, title in enumerate(header(found)[:-1]):  # the last is long
             shown.add_column(title, justify="left" if number < 2 else "right", style="dim")
         for row in found["rows"]:
-            shown.add_row(*map(Text, cells(row, found["columns"])))
+            shown.add_row(*map(Text, cells(row, found["columns"])[:-1]))
         console.print(shown)
     console.print(Text(f"report   {run.path / 'report.html'}"), soft_wrap=True)
     if not complete:
