@@ -66,14 +66,15 @@ class Gemm:
 def least(gemm: Timed, flops: float, speeds: Mapping[str, float]) -> Section:
     """What the arithmetic of a token alone would take, and how near others come.
 
-    flops: of a token, on average over the rows. speeds: tokens per second by label.
+    flops: of a token, on average over the rows. speeds: tokens per second of
+    processor time by label.
     """
-    rate = median(lap.tokens / lap.run for lap in gemm.laps)
+    rate = median(lap.tokens / lap.cpu for lap in gemm.laps)
     lines = [
         f"A token takes {flops / 1e9:.3f} GFLOP forward and backward (frozen weights twice, "
         "adapters thrice, the head on learned tokens, attention to what came before). Products "
         f"as the model's largest linear makes them run at {rate / 1e9:.0f} GFLOP/s here, measured "
-        f"in the same rounds: {rate / flops:.0f} tokens/s would be the limit.",
+        f"in the same rounds: {rate / flops:.0f} tokens/s would be the limit. By processor time:",
         *(f"{label}: {speed * flops / rate:.0%} of it." for label, speed in speeds.items()),
     ]
     return Section("The floor", " ".join(lines), [], [])

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -128,7 +129,7 @@ def rows_of(options: Options, tokenizer: Any) -> list[Row]:
 def _floor(done: Race, flops: float) -> Section:
     """The limit, and how near the fastest of ours comes."""
     speeds = {
-        WAYS[name].label: done.timed[name].tokens_per_second
+        WAYS[name].label: median(lap.tokens / lap.cpu for lap in done.laps(name))
         for name in OWN_ROWS
         if name in done.peaks
     }
