@@ -49,6 +49,7 @@ CAUSES: Mapping[str, str] = {
     "es.overfit": "the search fits its training prompts",
     "file.corrupt": "the file is damaged",
     "file.wrong_base": "the adapter was made for another base model",
+    "memory.short": "the run needs more memory than there is",
     "collapse.mode": "the model gives every prompt much the same answer",
 }
 """Id to one line for people."""
@@ -107,6 +108,7 @@ MENDS: Mapping[str, str] = {
     "es.overfit": "give each generation more prompts, and keep the best by held-out score",
     "file.corrupt": "make the file anew or copy it again",
     "file.wrong_base": "load it onto the model named in base_model_name_or_path",
+    "memory.short": "a smaller batch_size or max_length, gradient_checkpointing, or quantization",
     "collapse.mode": "check that prompts reach the model and that answers differ; lower the "
     "learning rate",
 }

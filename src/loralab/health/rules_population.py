@@ -17,13 +17,14 @@ POPULATION = (
             under("es.distinct", t.SAME_TEXTS),
         ),
         warn=(under("es.informative", t.INFORMATIVE_SOME), under("es.correct", t.UNSOLVED)),
-        lasting=3,
+        since=4,
     ),
     Rule(
         "es.ties",
         "es.noise_too_weak",
         warn=(over("es.ties", t.TIES), under("es.correct", t.UNSOLVED)),
         evidence="symptom",
+        since=4,
     ),
     Rule(
         "es.noop",
@@ -50,6 +51,12 @@ POPULATION = (
         "es.overfit",
         ("reward.exploitable",),
         warn=(over("es.held_out_gap", t.GAP),),
+    ),
+    Rule(
+        "es.reward_alone",
+        "reward.exploitable",
+        ("es.overfit",),
+        warn=(over("es.reward_up", t.REWARD_UP), under("es.correct_up", t.CORRECT_STANDS)),
     ),
     Rule(
         "es.second_measure",

@@ -22,8 +22,13 @@ START = (
         "init.residual_missing",
         "init.residual_missing",
         ("init.garbled",),
-        fail=(over("weights.base_share", t.BASE_SHARE), over_base("loss.all", t.START_LOSS)),
+        fail=(
+            over("weights.base_share", t.BASE_SHARE),
+            under("weights.base_share", t.BASE_SHARE_MOST),
+            over_base("loss.all", t.START_LOSS),
+        ),
         evidence="direct",
+        moments=("start", "finished"),
     ),
     Rule(
         "init.zero_factors",
@@ -39,6 +44,7 @@ START = (
         fail=(over("setup.unprepared", t.UNPREPARED), over_base("loss.all", t.START_LOSS)),
         warn=(over("setup.unprepared", t.UNPREPARED),),
         evidence="direct",
+        moments=("start",),
     ),
     Rule(
         "setup.scaling",
@@ -46,6 +52,13 @@ START = (
         fail=(over("setup.scaling", t.SCALING), over_base("loss.all", t.LOSS_GAP)),
         warn=(over("setup.scaling", t.SCALING),),
         evidence="direct",
+    ),
+    Rule(
+        "setup.memory",
+        "memory.short",
+        warn=(over("setup.memory_share", t.MEMORY),),
+        evidence="direct",
+        moments=("start",),
     ),
     Rule(
         "setup.left_out",

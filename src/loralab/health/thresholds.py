@@ -33,9 +33,11 @@ START_LOSS = Limit(0.3, _RECKONED + "a start that is the base has no gap at all"
 BASE_SHARE = Limit(
     0.5, "a trained LoRA has about 0, a part of W that was not taken out of it 1 (the definition)"
 )
+BASE_SHARE_MOST = Limit(1.5, "the same; a small dW along W has more")
 DEAD_SOME = Limit(0.0, "both factors zero: no gradient reaches either, whatever the data")
 DEAD_MOST = Limit(0.5, "as before, for most modules")
 SCALING = Limit(0.01, "ln of the ratio; alpha / r is exact but for rounding")
+MEMORY = Limit(1.0, _RECKONED + "what it is reckoned to need, of what is free")
 LEFT_OUT = Limit(0.0, "a trainable tensor without an optimiser never moves")
 STANDING_SOME = Limit(
     0.5, _RECKONED + "A alone stands still for one step when B is 0; parts of a model may be unused"
@@ -133,7 +135,7 @@ EXCESS = Limit(
     0.3, _RECKONED + "share over what the base expects, healthy under 0.15; a class may come near"
 )
 SHUFFLED = Limit(0.35, _RECKONED + "0.5 is chance; one-word classes come near, so a warning alone")
-SHUFFLED_GAIN = Limit(0.7, _RECKONED + "of the base's gain from the right prompt")
+SHUFFLED_GAIN = Limit(0.5, _RECKONED + "of the base's gain from the right prompt")
 TEMPLATE = Limit(0.5, "rows with marks of a chat template that this tokenizer does not have")
 TEMPLATE_SOME = Limit(0.0, "rows")
 PASSES = Limit(8.0, _RECKONED + "passes over the same rows; fine-tuning takes 1 to 3")
@@ -183,4 +185,5 @@ DOMINANCE_SOME = Limit(3.0, _RECKONED + "modules of a healthy layer differ by a 
 GARBLED_MEMBERS = Limit(0.5, _RECKONED + "share of members' texts that repeat, over the centre's")
 GAP = Limit(3.0, _RECKONED + "standard errors: training reward up while held-out reward is down")
 REWARD_UP = Limit(3.0, _RECKONED + "standard errors")
+CORRECT_STANDS = Limit(1.0, _RECKONED + "standard errors: answers are no righter than before")
 SECOND_DOWN = Limit(3.0, _RECKONED + "standard errors by which the second measure fell")
