@@ -370,8 +370,8 @@ def test_one_sight_of_a_fault_outweighs_any_number_of_symptoms() -> None:
     symptoms = judge([reading(text__looping=0.9, **GARBLED)])
     assert len(symptoms) > 2
     assert causes(symptoms)[0] == "lr.too_high"
-    seen = judge([reading(text__looping=0.9, setup__unprepared=1.0, **GARBLED)])
-    assert causes(seen)[0] == "init.unprepared"
+    seen = judge([reading(text__looping=0.9, setup__scaling=2.0, **GARBLED)])
+    assert causes(seen)[0] == "scale.wrong"
     file = Finding("file.corrupt", "fail", 0, "damaged", {}, "file.corrupt", (), "copy it again")
     assert causes([*symptoms, file])[0] == "file.corrupt"
     assert causes([]) == ()
