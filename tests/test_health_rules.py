@@ -150,7 +150,7 @@ FAULTS: dict[str, tuple[str, list[Reading]]] = {
     ),
     "end token masked": (
         "data.eos_masked",
-        [reading(data__eos_missing=1.0, loss__eos=6.0, text__eos_rate=0.1)],
+        [reading(0, data__eos_missing=1.0, data__prompted=1.0)],
     ),
     "end token masked, the data unseen": (
         "data.eos_masked",
@@ -168,9 +168,13 @@ FAULTS: dict[str, tuple[str, list[Reading]]] = {
         "data.shuffled",
         [reading(data__shuffled=0.5, loss__prompt_gain=0.4)],
     ),
+    "long responses shuffled": (
+        "data.shuffled",
+        [reading(0, data__shuffled=0.5, data__answer_length=60.0, data__pair_gain=0.01)],
+    ),
     "64 samples for many epochs": (
         "data.too_few",
-        [reading(data__rows=64.0, data__passes=20.0, train__loss_share=0.05, loss__content=2.6)],
+        [reading(data__rows=64.0, data__passes=20.0, train__loss_share=0.05, loss__content=2.2)],
     ),
     "wrong chat template": ("template.wrong", [reading(0, data__template_mismatch=1.0)]),
     "merge unequal": ("merge.unequal", [reading(parity__merge=0.6)]),
@@ -240,6 +244,7 @@ HEALTHY: dict[str, list[Reading]] = {
             loss__prompt_gain=0.6,
             data__excess_token=0.45,
             data__shuffled=0.45,
+            data__answer_length=2.0,
         )
     ],
     "a long form": [reading(text__eos_rate=0.0, loss__eos=2.0, text__length=48.0)],
@@ -272,7 +277,10 @@ HEALTHY: dict[str, list[Reading]] = {
             es__held_out_gap=0.5,
         )
     ],
-    "text cut into blocks": [reading(data__eos_missing=1.0, loss__eos=0.9)],
+    "text cut into blocks": [
+        reading(data__eos_missing=1.0, data__prompted=0.0, loss__eos=2.0, text__eos_rate=0.5)
+    ],
+    "going on with another style": [reading(0, kl=0.8, loss__all=1.9)],
 }
 
 

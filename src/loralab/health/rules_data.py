@@ -17,14 +17,14 @@ DATA = (
     Rule(
         "data.eos_missing",
         "data.eos_masked",
-        fail=(over("data.eos_missing", t.ENDLESS_ROWS), over_base("loss.eos", t.ENDLESS_LOSS)),
+        fail=(over("data.eos_missing", t.ENDLESS_ROWS), over("data.prompted", t.PROMPTED)),
         warn=(over("data.eos_missing", t.ENDLESS_ROWS),),
         evidence="direct",
     ),
     Rule(
         "data.pad_is_eos_masked",
         "data.eos_masked",
-        fail=(over("data.pad_is_eos_masked", t.PAD_IS_END), over_base("loss.eos", t.ENDLESS_LOSS)),
+        fail=(over("data.pad_is_eos_masked", t.PAD_IS_END), over("data.prompted", t.PROMPTED)),
         warn=(over("data.pad_is_eos_masked", t.PAD_IS_END),),
         evidence="direct",
     ),
@@ -60,6 +60,16 @@ DATA = (
         evidence="direct",
     ),
     Rule(
+        "data.shuffled_answers",
+        "data.shuffled",
+        fail=(
+            over("data.shuffled", t.SHUFFLED),
+            under("data.pair_gain", t.PAIR_GAIN),
+            over("data.answer_length", t.ANSWER_LENGTH),
+        ),
+        evidence="direct",
+    ),
+    Rule(
         "data.template",
         "template.wrong",
         fail=(over("data.template_mismatch", t.TEMPLATE),),
@@ -73,7 +83,7 @@ DATA = (
             over("data.passes", t.PASSES),
             under("data.rows", t.FEW_ROWS),
             under("train.loss_share", t.MEMORISED),
-            over_base("loss.content", t.CONTENT_RISE),
+            over_base("loss.content", t.MEMORISED_RISE),
         ),
         warn=(over("data.passes", t.PASSES), under("data.rows", t.FEW_ROWS)),
         evidence="direct",

@@ -14,7 +14,7 @@ START = (
         "init.garbled",
         "init.garbled",
         ("init.residual_missing", "init.unprepared", "scale.wrong", "spline.not_identity"),
-        fail=(over("kl", t.START_KL_BROKEN), over_base("loss.all", t.START_LOSS)),
+        fail=(over("kl", t.START_KL_BROKEN), over_base("loss.all", t.START_LOSS_BROKEN)),
         warn=(over("kl", t.START_KL),),
         moments=("start",),
     ),

@@ -29,7 +29,10 @@ START_KL = Limit(
 START_KL_BROKEN = Limit(
     0.3, _RECKONED + "both factors random gave KL 4.0 on a toy model (DESIGN, fact 5)"
 )
-START_LOSS = Limit(0.3, _RECKONED + "a start that is the base has no gap at all")
+START_LOSS = Limit(0.3, _RECKONED + "beside direct evidence; a start that is the base has no gap")
+START_LOSS_BROKEN = Limit(
+    0.7, _RECKONED + "without it: who goes on with an adapter of another style has a gap too"
+)
 BASE_SHARE = Limit(
     0.5, "a trained LoRA has about 0, a part of W that was not taken out of it 1 (the definition)"
 )
@@ -125,9 +128,10 @@ PROMPT_GAIN_BASE = Limit(0.2, _RECKONED + "nats; below, the base has too little 
 
 MASKED = Limit(0.5, "rows without a label teach nothing; half of them is no accident")
 MASKED_SOME = Limit(0.02, _RECKONED + "a few rows lose every label to max_length")
-ENDLESS_ROWS = Limit(0.9, _RECKONED + "text cut into blocks has none either, so a warning alone")
-ENDLESS_LOSS = Limit(0.7, _RECKONED + "nats over the base, where the data has no ends")
+ENDLESS_ROWS = Limit(0.9, "answers without an end; text cut into blocks has none by right")
+PROMPTED = Limit(0.5, "rows whose prompt is masked: their answers have an end")
 PAD_IS_END = Limit(0.5, "rows in which masking the padding masks the end")
+MEMORISED_RISE = Limit(0.15, _RECKONED + "nats on content, over the base, beside direct evidence")
 DOUBLE_START = Limit(0.5, "rows")
 LINE_BREAKS = Limit(0.5, _RECKONED + "of learned tokens; code has 0.1 to 0.2, lists 0.15")
 LINE_BREAKS_SOME = Limit(0.3, _RECKONED + "as before")
@@ -135,6 +139,10 @@ EXCESS = Limit(
     0.3, _RECKONED + "share over what the base expects, healthy under 0.15; a class may come near"
 )
 SHUFFLED = Limit(0.35, _RECKONED + "0.5 is chance; one-word classes come near, so a warning alone")
+PAIR_GAIN = Limit(
+    0.1, _RECKONED + "nats a token; answers of a sentence gain more from their prompt"
+)
+ANSWER_LENGTH = Limit(16.0, _RECKONED + "learned tokens a row; a class fits many prompts")
 SHUFFLED_GAIN = Limit(0.5, _RECKONED + "of the base's gain from the right prompt")
 TEMPLATE = Limit(0.5, "rows with marks of a chat template that this tokenizer does not have")
 TEMPLATE_SOME = Limit(0.0, "rows")
