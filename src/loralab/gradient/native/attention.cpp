@@ -29,9 +29,9 @@ struct Sequence {
   int64_t start, tokens;
 };
 
-constexpr int64_t PAIRS = TILE / 2;
-
-inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t up_to(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 inline int64_t tiles(int64_t n) { return (n + TILE - 1) / TILE; }
 
 // The bf16 of a vector in the low halves of 32-bit lanes.
@@ -47,7 +47,9 @@ inline vi rounded(vf v) {
 #endif
 }
 
-inline void store_pair(bf16* p, vf low, vf high) { *(vi_any*)p = rounded(low) | rounded(high) << 16; }
+inline void store_pair(bf16* p, vf low, vf high) {
+  *(vi_any*)p = rounded(low) | rounded(high) << 16;
+}
 
 // Rows as outputs of a product over their width: [tile of 64 rows][width / 2][64][2].
 void pack_rows(const bf16* x, int64_t stride, int64_t rows, int64_t width, bf16* to) {
@@ -93,9 +95,18 @@ inline void multiply_columns(const bf16* x, int K, const bf16* w, vf (&acc)[R][V
   }
 }
 
+// block(size, row) over `count` rows, six at a time, then two and one.
+template <class F>
+inline void by_rows(int64_t count, F block) {
+  int64_t row = 0;
+  for (; row + ROWS <= count; row += ROWS) block(std::integral_constant<int, ROWS>{}, row);
+  for (; row + 2 <= count; row += 2) block(std::integral_constant<int, 2>{}, row);
+  if (row < count) block(std::integral_constant<int, 1>{}, row);
+}
+
 // to (count, wide) += X^T W, of one tile of 64 of the width.
 void add_product(const bf16* x, int64_t count, int K, const bf16* w, float* to, int64_t wide) {
-  auto block = [&](auto size, int64_t row) {
+  by_rows(count, [&](auto size, int64_t row) {
     constexpr int R = decltype(size)::value;
     vf acc[R][VECTORS];
     multiply_columns<R>(x + 2 * row, K, w, acc);
@@ -104,21 +115,39 @@ void add_product(const bf16* x, int64_t count, int K, const bf16* w, float* to, 
         float* at = to + (row + i) * wide + j * LANES;
         store_f(at, load_f(at) + acc[i][j]);
       }
-  };
-  int64_t row = 0;
-  for (; row + ROWS <= count; row += ROWS) block(std::integral_constant<int, ROWS>{}, row);
-  for (; row + 2 <= count; row += 2) block(std::integral_constant<int, 2>{}, row);
-  if (row < count) block(std::integral_constant<int, 1>{}, row);
+  });
 }
 
-inline Rows rows_of(const bf16* x, int64_t stride, int64_t count) {
-  return Rows{x, stride, nullptr, 0, nullptr, (int)count, 0};
+// x W of `count` rows by packed w: emit(first row, how many, their results [rows][VECTORS]).
+// What is emitted is a copy (measured: a third of the time). Loops that are not unrolled would take
+// the accumulators themselves by address, and these would live in memory while they add up.
+template <class F>
+inline void product(const bf16* x, int64_t stride, int64_t count, int K, const bf16* w, F emit) {
+  by_rows(count, [&](auto size, int64_t row) {
+    constexpr int R = decltype(size)::value;
+    vf acc[R][VECTORS], results[R][VECTORS];
+    multiply<R>(x + row * stride, stride, K, w, Ahead{}, acc);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; j++) results[i][j] = acc[i][j];
+    emit(row, R, results);
+  });
 }
 
-// Lanes of keys from `key` on that the query may see.
-inline vf hide(vf scores, int64_t key, int64_t query) {
+// Rows of results as pairs of rows, [R / 2][64][2], for a product that sums over them.
+inline void store_pairs(bf16* to, int R, const vf (*results)[VECTORS]) {
+  for (int i = 0; i < R; i += 2)
+    for (int j = 0; j < VECTORS; j++)
+      store_pair(to + i * TILE + j * 2 * LANES, results[i][j],
+                 i + 1 < R ? results[i + 1][j] : vf{});
+}
+
+// `value` in the lanes of keys, counted from `key`, that the query may see, else `hidden`.
+inline vf where_seen(int64_t key, int64_t query, vf value, float hidden) {
+  if (key + LANES <= query + 1) return value;
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return select(lane <= splat_i((int32_t)(query - key)), scores, splat(-INFINITY));
+  return select(lane <= splat_i((int32_t)(query - key)), value, splat(hidden));
 }
 
 // Writes what a product gives for rows of `width` in tiles of 64.
@@ -136,21 +165,28 @@ inline void store_some(bf16* p, vf v, int64_t room) {
   std::memcpy(p, all, room * sizeof(bf16));
 }
 
-using Halves = std::vector<bf16>;
-using Floats = std::vector<float>;
+// Memory that a thread keeps from call to call, at the start of a cache line. Plain pointers into
+// it go into the loops: reaching a thread's own variable is a call.
+template <class T, int Name>
+T* scratch(int64_t n) {
+  thread_local std::vector<T> kept;
+  constexpr int64_t line = 64 / sizeof(T);
+  if ((int64_t)kept.size() < n + line) kept.resize(n + line);
+  return (T*)(((uintptr_t)kept.data() + 63) / 64 * 64);
+}
 
 // One sequence, one group. lse: (tokens, heads), natural logarithms.
 void forward(const Shape& s, Sequence at, int64_t group, const bf16* q, const bf16* k,
              const bf16* v, bf16* out, float* lse) {
   const int64_t share = s.heads / s.groups, d = s.width, keys = tiles(at.tokens) * TILE;
   const int64_t row = s.heads * d, key_row = s.groups * d, first = at.start * key_row + group * d;
-  thread_local Halves packed_k, packed_v, weights;
-  thread_local Floats scores;
   const int64_t height = up_to(at.tokens, 2);
-  packed_k.resize(keys * d), packed_v.resize(tiles(d) * TILE * height);
-  weights.resize(ROWS * keys), scores.resize(ROWS * keys);
-  pack_rows(k + first, key_row, at.tokens, d, packed_k.data());
-  pack_columns(v + first, key_row, at.tokens, d, packed_v.data());
+  bf16* const packed_k = scratch<bf16, 0>(keys * d);
+  bf16* const packed_v = scratch<bf16, 1>(tiles(d) * TILE * height);
+  bf16* const weights = scratch<bf16, 2>(ROWS * keys);
+  float* const scores = scratch<float, 0>(ROWS * keys);
+  pack_rows(k + first, key_row, at.tokens, d, packed_k);
+  pack_columns(v + first, key_row, at.tokens, d, packed_v);
 
   for (int64_t h = group * share; h < (group + 1) * share; h++)
     for (int64_t from = 0; from < at.tokens; from += ROWS) {
@@ -158,26 +194,26 @@ void forward(const Shape& s, Sequence at, int64_t group, const bf16* q, const bf
       const int64_t wide = tiles(seen) * TILE;
       const bf16* queries = q + (at.start + from) * row + h * d;
       for (int64_t tile = 0; tile < tiles(seen); tile++)
-        run_tile(rows_of(queries, row, count), d, packed_k.data() + tile * TILE * d, NextTile{},
-                 nullptr, [&](int t, int R, auto& acc) {
-                   for (int i = 0; i < R; i++)
-                     for (int j = 0; j < VECTORS; j++) {
-                       const int64_t key = tile * TILE + j * LANES;
-                       vf score = acc[i][j] * s.scale;
-                       if (key + LANES > from + t + i) score = hide(score, key, from + t + i);
-                       store_f(scores.data() + (t + i) * keys + key, score);
-                     }
-                 });
+        product(queries, row, count, d, packed_k + tile * TILE * d,
+                [&](int64_t t, int R, auto& acc) {
+                  for (int i = 0; i < R; i++)
+                    for (int j = 0; j < VECTORS; j++) {
+                      const int64_t key = tile * TILE + j * LANES;
+                      store_f(scores + (t + i) * keys + key,
+                              where_seen(key, from + t + i, acc[i][j] * s.scale, -INFINITY));
+                    }
+                });
       float share_of[ROWS];
       for (int64_t i = 0; i < count; i++) {
-        const float* score = scores.data() + i * keys;
+        const float* score = scores + i * keys;
         vf most = load_f(score), total{};
-        for (int64_t key = LANES; key < wide; key += LANES) most = larger(load_f(score + key), most);
+        for (int64_t key = LANES; key < wide; key += LANES)
+          most = larger(load_f(score + key), most);
         const float top = largest(most);
         for (int64_t key = 0; key < wide; key += LANES) {
           const vf p = exponential(load_f(score + key) - top);
           total += p;
-          store(weights.data() + i * keys + key, p);
+          store(weights + i * keys + key, p);
         }
         const float sum_of = sum(total);
         share_of[i] = 1.0f / sum_of;
@@ -185,14 +221,13 @@ void forward(const Shape& s, Sequence at, int64_t group, const bf16* q, const bf
       }
       // Weights of keys that are not seen are 1e-38 and less; of pads, 0 times their values.
       for (int64_t tile = 0; tile < tiles(d); tile++)
-        run_tile(rows_of(weights.data(), keys, count), (int)up_to(seen, 2),
-                 packed_v.data() + tile * TILE * height, NextTile{}, nullptr,
-                 [&](int t, int R, auto& acc) {
-                   emit_tile(tile, d, R, [&](int i, int64_t column, int j) {
-                     bf16* to = out + (at.start + from + t + i) * row + h * d + column;
-                     store_some(to, acc[i][j] * share_of[t + i], d - column);
-                   });
-                 });
+        product(weights, keys, count, (int)up_to(seen, 2), packed_v + tile * TILE * height,
+                [&](int64_t t, int R, auto& acc) {
+                  emit_tile(tile, d, R, [&](int i, int64_t column, int j) {
+                    bf16* to = out + (at.start + from + t + i) * row + h * d + column;
+                    store_some(to, acc[i][j] * share_of[t + i], d - column);
+                  });
+                });
     }
 }
 
@@ -203,18 +238,23 @@ void backward(const Shape& s, Sequence at, int64_t group, const bf16* q, const b
   const int64_t share = s.heads / s.groups, d = s.width, keys = tiles(at.tokens) * TILE;
   const int64_t row = s.heads * d, key_row = s.groups * d, first = at.start * key_row + group * d;
   const int64_t height = up_to(at.tokens, 2);
-  thread_local Halves packed_k, packed_v, summed_k, slopes, weight_pairs, slope_pairs, columns_q,
-      columns_o;
-  thread_local Floats sums_k, sums_v, chances;
-  packed_k.resize(keys * d), packed_v.resize(keys * d);
-  summed_k.resize(tiles(d) * TILE * height);
-  slopes.resize(TILE * keys), weight_pairs.resize(TILE * TILE), slope_pairs.resize(TILE * TILE);
   const int64_t wide = tiles(d) * TILE;
-  columns_q.resize(wide * TILE), columns_o.resize(wide * TILE);
-  sums_k.assign(keys * wide, 0.0f), sums_v.assign(keys * wide, 0.0f), chances.resize(TILE * TILE);
-  pack_rows(k + first, key_row, at.tokens, d, packed_k.data());
-  pack_rows(v + first, key_row, at.tokens, d, packed_v.data());
-  pack_columns(k + first, key_row, at.tokens, d, summed_k.data());
+  bf16* const packed_k = scratch<bf16, 0>(keys * d);
+  bf16* const packed_v = scratch<bf16, 1>(keys * d);
+  bf16* const summed_k = scratch<bf16, 2>(wide * height);
+  bf16* const slopes = scratch<bf16, 3>(TILE * keys);
+  bf16* const weight_pairs = scratch<bf16, 4>(TILE * TILE);
+  bf16* const slope_pairs = scratch<bf16, 5>(TILE * TILE);
+  bf16* const columns_q = scratch<bf16, 6>(wide * TILE);
+  bf16* const columns_o = scratch<bf16, 7>(wide * TILE);
+  float* const chances = scratch<float, 0>(TILE * TILE);
+  float* const sums_k = scratch<float, 1>(keys * wide);
+  float* const sums_v = scratch<float, 2>(keys * wide);
+  std::fill(sums_k, sums_k + at.tokens * wide, 0.0f);
+  std::fill(sums_v, sums_v + at.tokens * wide, 0.0f);
+  pack_rows(k + first, key_row, at.tokens, d, packed_k);
+  pack_rows(v + first, key_row, at.tokens, d, packed_v);
+  pack_columns(k + first, key_row, at.tokens, d, summed_k);
 
   for (int64_t h = group * share; h < (group + 1) * share; h++)
     for (int64_t from = 0; from < at.tokens; from += TILE) {
@@ -222,68 +262,54 @@ void backward(const Shape& s, Sequence at, int64_t group, const bf16* q, const b
       const int64_t here = (at.start + from) * row + h * d;
       const float* lse_here = lse + (at.start + from) * s.heads + h;
       const float* delta_here = delta + (at.start + from) * s.heads + h;
-      pack_columns(q + here, row, count, d, columns_q.data());
-      pack_columns(of_out + here, row, count, d, columns_o.data());
+      pack_columns(q + here, row, count, d, columns_q);
+      pack_columns(of_out + here, row, count, d, columns_o);
       for (int64_t tile = 0; tile * TILE < from + count; tile++) {
-        run_tile(rows_of(q + here, row, count), d, packed_k.data() + tile * TILE * d, NextTile{},
-                 nullptr, [&](int t, int R, auto& acc) {
-                   for (int i = 0; i < R; i++) {
-                     const float norm = lse_here[(t + i) * s.heads];
-                     for (int j = 0; j < VECTORS; j++) {
-                       const int64_t key = tile * TILE + j * LANES, query = from + t + i;
-                       vf p = exponential(acc[i][j] * s.scale - norm);
-                       if (key + LANES > query) {
-                         const vf seen = hide(splat(0.0f), key, query);
-                         p = select(seen == 0.0f, p, splat(0.0f));
-                       }
-                       store_f(chances.data() + (t + i) * TILE + j * LANES, p);
-                       acc[i][j] = p;
-                     }
-                   }
-                   for (int i = 0; i < R; i += 2)
-                     for (int j = 0; j < VECTORS; j++)
-                       store_pair(weight_pairs.data() + (t + i) * TILE + j * 2 * LANES, acc[i][j],
-                                  i + 1 < R ? acc[i + 1][j] : vf{});
-                 });
-        run_tile(rows_of(of_out + here, row, count), d, packed_v.data() + tile * TILE * d,
-                 NextTile{}, nullptr, [&](int t, int R, auto& acc) {
-                   for (int i = 0; i < R; i++) {
-                     const float mean = delta_here[(t + i) * s.heads];
-                     for (int j = 0; j < VECTORS; j++) {
-                       const vf p = load_f(chances.data() + (t + i) * TILE + j * LANES);
-                       acc[i][j] = p * (acc[i][j] - mean) * s.scale;
-                       store(slopes.data() + (t + i) * keys + tile * TILE + j * LANES, acc[i][j]);
-                     }
-                   }
-                   for (int i = 0; i < R; i += 2)
-                     for (int j = 0; j < VECTORS; j++)
-                       store_pair(slope_pairs.data() + (t + i) * TILE + j * 2 * LANES, acc[i][j],
-                                  i + 1 < R ? acc[i + 1][j] : vf{});
-                 });
+        product(q + here, row, count, d, packed_k + tile * TILE * d,
+                [&](int64_t t, int R, auto& acc) {
+                  for (int i = 0; i < R; i++) {
+                    const float norm = lse_here[(t + i) * s.heads];
+                    for (int j = 0; j < VECTORS; j++) {
+                      const vf p = exponential(acc[i][j] * s.scale - norm);
+                      acc[i][j] = where_seen(tile * TILE + j * LANES, from + t + i, p, 0.0f);
+                      store_f(chances + (t + i) * TILE + j * LANES, acc[i][j]);
+                    }
+                  }
+                  store_pairs(weight_pairs + t * TILE, R, acc);
+                });
+        product(of_out + here, row, count, d, packed_v + tile * TILE * d,
+                [&](int64_t t, int R, auto& acc) {
+                  for (int i = 0; i < R; i++) {
+                    const float mean = delta_here[(t + i) * s.heads];
+                    for (int j = 0; j < VECTORS; j++) {
+                      const vf p = load_f(chances + (t + i) * TILE + j * LANES);
+                      acc[i][j] = p * (acc[i][j] - mean) * s.scale;
+                      store(slopes + (t + i) * keys + tile * TILE + j * LANES, acc[i][j]);
+                    }
+                  }
+                  store_pairs(slope_pairs + t * TILE, R, acc);
+                });
         const int64_t behind = std::min<int64_t>(TILE, at.tokens - tile * TILE);
         for (int64_t part = 0; part < tiles(d); part++) {
           const int64_t to = tile * TILE * wide + part * TILE, from_part = part * TILE * even;
-          add_product(weight_pairs.data(), behind, (int)even, columns_o.data() + from_part,
-                      sums_v.data() + to, wide);
-          add_product(slope_pairs.data(), behind, (int)even, columns_q.data() + from_part,
-                      sums_k.data() + to, wide);
+          add_product(weight_pairs, behind, (int)even, columns_o + from_part, sums_v + to, wide);
+          add_product(slope_pairs, behind, (int)even, columns_q + from_part, sums_k + to, wide);
         }
       }
       for (int64_t tile = 0; tile < tiles(d); tile++)
-        run_tile(rows_of(slopes.data(), keys, count), (int)up_to(from + count, 2),
-                 summed_k.data() + tile * TILE * height, NextTile{}, nullptr,
-                 [&](int t, int R, auto& acc) {
-                   emit_tile(tile, d, R, [&](int i, int64_t column, int j) {
-                     bf16* to = of_q + here + (t + i) * row + column;
-                     store_some(to, acc[i][j], d - column);
-                   });
-                 });
+        product(slopes, keys, count, (int)up_to(from + count, 2), summed_k + tile * TILE * height,
+                [&](int64_t t, int R, auto& acc) {
+                  emit_tile(tile, d, R, [&](int i, int64_t column, int j) {
+                    bf16* to = of_q + here + (t + i) * row + column;
+                    store_some(to, acc[i][j], d - column);
+                  });
+                });
     }
   for (int64_t token = 0; token < at.tokens; token++)
     for (int64_t i = 0; i < d; i += LANES) {
       const int64_t to = first + token * key_row + i, sum_at = token * wide + i;
-      store_some(of_k + to, load_f(sums_k.data() + sum_at), d - i);
-      store_some(of_v + to, load_f(sums_v.data() + sum_at), d - i);
+      store_some(of_k + to, load_f(sums_k + sum_at), d - i);
+      store_some(of_v + to, load_f(sums_v + sum_at), d - i);
     }
 }
 

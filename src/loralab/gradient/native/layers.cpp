@@ -127,9 +127,8 @@ void ll_norm_forward(const void* x, const float* w, void* y, float* inverse, int
 // of_w (d,) is added to; null where it is not wanted.
 void ll_norm_backward(const void* x, const float* w, const float* inverse, const void* gy, void* gx,
                       float* of_w, int64_t rows, int64_t d, int is_bf16) {
-  is_bf16
-      ? norm_backward((const bf16*)x, w, inverse, (const bf16*)gy, (bf16*)gx, of_w, rows, d)
-      : norm_backward((const float*)x, w, inverse, (const float*)gy, (float*)gx, of_w, rows, d);
+  is_bf16 ? norm_backward((const bf16*)x, w, inverse, (const bf16*)gy, (bf16*)gx, of_w, rows, d)
+          : norm_backward((const float*)x, w, inverse, (const float*)gy, (float*)gx, of_w, rows, d);
 }
 
 void ll_swiglu_forward(const void* gate, const void* up, void* y, int64_t n, int is_bf16) {
