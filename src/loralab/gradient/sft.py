@@ -25,13 +25,13 @@ from loralab.gradient import attention, loss
 from loralab.gradient.collate import as_record, as_row, flatten, pad
 from loralab.gradient.loop import (
     History,
-    Watched,
     arguments,
     fast_lora,
     forward_kept,
     precision_kept,
     quiet,
 )
+from loralab.gradient.parts import InParts, tokens_at_once
 from loralab.gradient.rows import Row, pack
 
 
@@ -104,6 +104,7 @@ def train(
         except ValueError as error:  # TRL's word for a combination it does not train
             raise UserError(f"training: {' '.join(str(error).split())}") from error
         trainer.own_loss = labelled
+        trainer.tokens_at_once = tokens_at_once(next(causal.parameters()).device)
         trainer.remove_callback(PrinterCallback)
         # It would write its tokens into the model's config, and itself into each checkpoint.
         trainer.processing_class = None
@@ -138,7 +139,7 @@ def _plan(causal: Any, settings: TrainingConfig) -> tuple[tuple[str, ...], bool,
     return tuple(notes), flat, from_loss is None
 
 
-class _Trainer(Watched, SFTTrainer):  # type: ignore[misc]
+class _Trainer(InParts, SFTTrainer):  # type: ignore[misc]
     """TRL's, with our loss where the model allows it."""
 
     own_loss = False

@@ -1,0 +1,73 @@
+"""A batch trained in parts is the batch trained whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from loralab.adapters.attach import attach
+from loralab.config import AdapterConfig, TrainingConfig
+from loralab.gradient import parts
+from loralab.gradient.collate import LENGTHS, flatten
+from loralab.gradient.loop import History
+from loralab.gradient.parts import parts_of
+from loralab.gradient.rows import IGNORED, Row
+from loralab.gradient.sft import train
+
+
+def row(length: int, seed: int) -> Row:
+    ids = torch.randint(
+        4, tiny.VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)
+    )
+    tokens = tuple(ids.tolist())
+    return Row(tokens, (IGNORED, *tokens[1:]))
+
+
+LENGTHS_OF_ROWS = (5, 9, 3, 21, 4, 4, 12, 2)
+ROWS = [row(n, seed) for seed, n in enumerate(LENGTHS_OF_ROWS)]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (1, [(5,), (9,), (3,), (21,), (4,), (4,), (12,), (2,)]),
+        (14, [(5, 9), (3,), (21,), (4, 4), (12, 2)]),
+        (60, [LENGTHS_OF_ROWS]),
+    ],
+)
+def test_parts_are_whole_sequences_in_order(most: int, expected: list[tuple[int, ...]]) -> None:
+    batch = flatten(ROWS)
+    found = list(parts_of(batch, most))
+    assert [part[LENGTHS] for part in found] == expected
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(torch.cat([part[name] for part in found], dim=1), batch[name])
+    assert all(int(part["position_ids"][0, 0]) == 0 for part in found)
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, most: int | None) -> tuple[History, list[Any]]:
+    seen: list[int] = []
+    monkeypatch.setattr(parts, "tokens_at_once", lambda device: most)
+    monkeypatch.setattr("loralab.gradient.sft.tokens_at_once", lambda device: most)
+    base = tiny.model("llama")
+    base.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    model = attach(base, AdapterConfig(rank=4, alpha=8.0), seed=0)
+    settings = TrainingConfig(steps=6, batch_size=3, grad_accumulation=2, lr=5e-3)
+    history = train(model, tiny.tokenizer(), ROWS, settings, seed=1)
+    return history, [seen, [p.detach().clone() for p in model.parameters() if p.requires_grad]]
+
+
+def test_training_in_parts_is_training_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, (at_once, weights) = trained(monkeypatch, None)
+    cut, (by_parts, same) = trained(monkeypatch, 10)
+    assert max(at_once) > 21
+    assert max(by_parts) == 21  # the one sequence that is longer than a part
+    assert len(by_parts) > len(at_once)
+    assert cut.losses == pytest.approx(whole.losses, abs=1e-5)
+    for a, b in zip(weights, same, strict=True):
+        # AdamW's first steps take a gradient's sign, whatever its size.
+        assert (a - b).abs().max() < 1e-4 * max(1.0, float(a.abs().max()))
