@@ -10,7 +10,6 @@ import torch
 import tiny
 from loralab.adapters.attach import attach
 from loralab.config import AdapterConfig, TrainingConfig
-from loralab.gradient import parts
 from loralab.gradient.collate import LENGTHS, flatten
 from loralab.gradient.loop import History
 from loralab.gradient.parts import parts_of
@@ -49,7 +48,6 @@ def test_parts_are_whole_sequences_in_order(most: int, expected: list[tuple[int,
 
 def trained(monkeypatch: pytest.MonkeyPatch, most: int | None) -> tuple[History, list[Any]]:
     seen: list[int] = []
-    monkeypatch.setattr(parts, "tokens_at_once", lambda device: most)
     monkeypatch.setattr("loralab.gradient.sft.tokens_at_once", lambda device: most)
     base = tiny.model("llama")
     base.register_forward_pre_hook(
