@@ -10,7 +10,9 @@ import torch
 import tiny
 from loralab.adapters.attach import attach
 from loralab.config import AdapterConfig, TrainingConfig
+from loralab.config.dpo import PreferenceConfig
 from loralab.gradient.collate import LENGTHS, flatten
+from loralab.gradient.dpo import PairRow, reference_of, train_pairs
 from loralab.gradient.loop import History
 from loralab.gradient.parts import parts_of
 from loralab.gradient.rows import IGNORED, Row
@@ -69,3 +71,38 @@ def test_training_in_parts_is_training_whole(monkeypatch: pytest.MonkeyPatch) ->
     for a, b in zip(weights, same, strict=True):
         # AdamW's first steps take a gradient's sign, whatever its size.
         assert (a - b).abs().max() < 1e-4 * max(1.0, float(a.abs().max()))
+
+
+def preferred(monkeypatch: pytest.MonkeyPatch, most: int | None) -> tuple[History, list[Any]]:
+    seen: list[int] = []
+    monkeypatch.setattr("loralab.gradient.dpo.tokens_at_once", lambda device: most)
+    base = tiny.model("llama")
+    base.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    model = attach(base, AdapterConfig(rank=4, alpha=8.0), seed=0)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    pairs = [PairRow(row(4 + n, n), row(9 - n % 5, 50 + n)) for n in range(9)]
+    settings = TrainingConfig(steps=4, batch_size=5, grad_accumulation=2, lr=5e-3)
+    history = train_pairs(
+        model,
+        tiny.tokenizer(),
+        pairs,
+        settings,
+        PreferenceConfig(label_smoothing=0.1),
+        1,
+        reference=reference_of(model, "base"),
+    )
+    return history, seen
+
+
+def test_pairs_are_not_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, at_once = preferred(monkeypatch, None)
+    cut, by_parts = preferred(monkeypatch, 22)
+    assert len(by_parts) > len(at_once)
+    assert max(by_parts) < max(at_once)
+    assert cut.losses == pytest.approx(whole.losses, abs=1e-5)
+    assert cut.grad_norms == pytest.approx(whole.grad_norms, rel=1e-3)

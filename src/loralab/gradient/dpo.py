@@ -36,7 +36,8 @@ from loralab.gradient import attention, loss
 from loralab.gradient.collate import flatten, pad
 from loralab.gradient.dropout import without_base_dropout
 from loralab.gradient.log_probs import LOG_PROBS, labelled_log_probs
-from loralab.gradient.loop import History, Watched, arguments, fast_lora, forward_kept, quiet
+from loralab.gradient.loop import History, arguments, fast_lora, forward_kept, quiet
+from loralab.gradient.parts import InParts, tokens_at_once
 from loralab.gradient.preferences import Pair
 from loralab.gradient.rows import IGNORED, Row, RowEncoder
 
@@ -281,6 +282,7 @@ def train_pairs(
             callbacks=list(callbacks),
         )
         trainer.preferences, trainer.reference = preferences, reference
+        trainer.tokens_at_once = tokens_at_once(next(causal.parameters()).device)
         trainer.remove_callback(PrinterCallback)
         if settings.fast:
             notes += stack.enter_context(fast_lora(model))
@@ -292,10 +294,13 @@ def train_pairs(
     return History.of(trainer, notes)
 
 
-class _Trainer(Watched):
+class _Trainer(InParts):
     mean_over_rows = True
+    together = 2
     preferences: PreferenceConfig
     reference: Reference
+    pairs = 0
+    rewards: list[Tensor]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -311,21 +316,35 @@ class _Trainer(Watched):
     ) -> Any:
         before = reference_log_probs(model, inputs, self.reference)
         rewards = self.preferences.beta * (answer_log_probs(model, inputs) - before)
+        self.rewards.append(rewards.detach())
         margins = rewards[:, 0] - rewards[:, 1]
         smoothing = self.preferences.label_smoothing
-        value = -logsigmoid(margins).mean()
+        value = -logsigmoid(margins).sum()
         if smoothing:
-            value = (1 - smoothing) * value - smoothing * logsigmoid(-margins).mean()
-        chosen, rejected = rewards.detach().mean(dim=0).tolist()
-        weight = self.weight(len(margins))
-        value = value * weight
+            value = (1 - smoothing) * value - smoothing * logsigmoid(-margins).sum()
+        value = value * (self.weight(self.pairs) / self.pairs)
+        return (value, {}) if return_outputs else value
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        self.pairs, self.rewards = (int(inputs[OWNERS].max()) + 1) // 2, []
+        value = super().training_step(model, inputs, num_items_in_batch)
+        rewards = torch.cat(self.rewards)
+        margins = rewards[:, 0] - rewards[:, 1]
+        chosen, rejected = rewards.mean(dim=0).tolist()
+        weight = self.weight(self.pairs)
         self.note(
             margin=weight * (chosen - rejected),
-            accuracy=weight * Preference(tuple(margins.detach().tolist())).accuracy,
+            accuracy=weight * Preference(tuple(margins.tolist())).accuracy,
             chosen_reward=weight * chosen,
             rejected_reward=weight * rejected,
         )
-        return (value, {}) if return_outputs else value
+        return value
+
+    def parts(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for part in super().parts(inputs):
+            yield part | {OWNERS: part[OWNERS] - part[OWNERS].min()}
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -22,10 +22,11 @@ ENOUGH = 1024
 """Tokens from which the products of a small model run at full speed on a CPU."""
 
 
-def parts_of(batch: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
+def parts_of(batch: Mapping[str, Any], most: int, together: int = 1) -> Iterator[dict[str, Any]]:
     """Cut a flat batch (see `collate.flatten`) into parts of whole sequences.
 
-    most: tokens of a part; a single sequence may have more.
+    most: tokens of a part, if its first sequences alone have not more. together: sequences that
+    are not parted, counted from the first.
     """
     lengths, start, place, stop = batch[LENGTHS], 0, 0, 0
 
@@ -36,7 +37,8 @@ def parts_of(batch: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
         }
         return cut | {LENGTHS: tuple(lengths[place:end])}
 
-    for end, length in enumerate(lengths):
+    for end in range(0, len(lengths), together):
+        length = sum(lengths[end : end + together])
         if stop > start and stop + length - start > most:
             yield part(end, stop)
             start, place = stop, end
@@ -45,26 +47,30 @@ def parts_of(batch: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
 
 
 class InParts(Watched):
-    """Trains flat batches in parts of `tokens_at_once`, where one process trains."""
+    """Trains flat batches in parts of `tokens_at_once`, where one process trains.
+
+    The loss of a part has to be its share of the batch's. together: as of `parts_of`.
+    """
 
     tokens_at_once: int | None = None
+    together = 1
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        most = self.tokens_at_once
-        if (
-            most is None
-            or num_items_in_batch is None  # each part would be divided by its own tokens
-            or LENGTHS not in inputs
-            or ranks.world() > 1  # all have to take part in as many checks
-        ):
-            return super().training_step(model, inputs, num_items_in_batch)
         losses = [
             super(InParts, self).training_step(model, part, num_items_in_batch)
-            for part in parts_of(inputs, most)
+            for part in self.parts(inputs)
         ]
         return torch.stack(losses).sum()
+
+    def parts(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The batch, cut where it can be."""
+        # Of several processes all have to take part in as many checks.
+        if self.tokens_at_once is None or LENGTHS not in inputs or ranks.world() > 1:
+            yield inputs
+        else:
+            yield from parts_of(inputs, self.tokens_at_once, self.together)
 
 
 def tokens_at_once(device: torch.device) -> int | None:

@@ -104,7 +104,8 @@ def train(
         except ValueError as error:  # TRL's word for a combination it does not train
             raise UserError(f"training: {' '.join(str(error).split())}") from error
         trainer.own_loss = labelled
-        trainer.tokens_at_once = tokens_at_once(next(causal.parameters()).device)
+        if labelled:  # divided by the learned tokens of the update, whatever a part has of them
+            trainer.tokens_at_once = tokens_at_once(next(causal.parameters()).device)
         trainer.remove_callback(PrinterCallback)
         # It would write its tokens into the model's config, and itself into each checkpoint.
         trainer.processing_class = None
