@@ -175,6 +175,13 @@ def values_for(data: Path, stages: tuple[str, ...] = ALL) -> dict[str, Any]:
                     "limit": 60,
                 },
                 "sst2": {"task": task, "limit": 2, "generation": short},
+                "tries": {
+                    "task": task,
+                    "limit": 2,
+                    "generation": {**short, "temperature": 1.0},
+                    "samples": 3,
+                    "k": [2],
+                },
             },
         },
     }
@@ -253,7 +260,7 @@ def test_every_stage_is_a_run_of_its_own_and_stands_in_the_table(finished: Path)
     table = read_table(Run.open(finished))
     assert table is not None
     assert [row["stage"] for row in table["rows"]] == ["pretrain", "sft", "sft", *ALL[2:-1]]
-    assert table["columns"] == ["stories", "text", "sst2"]
+    assert table["columns"] == ["stories", "text", "sst2", "tries"]
     rows = {row.get("model") or row["stage"]: row for row in table["rows"]}
     whole = sum(
         t.numel() for t in load_file(finished / "pretrain/model/model.safetensors").values()
@@ -286,6 +293,8 @@ def test_an_adapter_and_the_model_it_is_merged_into_measure_the_same(finished: P
         assert abs(merged_ - found["pretrain", text]["perplexity"]) > 1e-2
     lines = read_lines(finished / "eval" / "completions" / "sft" / "sst2.jsonl")
     assert len(lines) == 2
+    assert len(read_lines(finished / "eval" / "completions" / "sft" / "tries.jsonl")) == 2 * 3
+    assert "pass@2" in found["sft", "tries"]["scores"]
 
 
 def test_stages_read_what_the_ones_before_them_left(finished: Path) -> None:

@@ -123,6 +123,8 @@ class _Loaded:
             wanted.limit,
             self._config.seed,
             progress,
+            wanted.samples,
+            wanted.k,
         ).to_dict()
         lines = "".join(json.dumps(row) + "\n" for row in result.pop("completions"))
         run.write(f"completions/{self._name}/{name}.jsonl", lines)

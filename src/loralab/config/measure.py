@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,6 +38,7 @@ class MeasureConfig(Section):
     task: scored on the first `limit` examples of the split; of a text, perplexity over its first
     `limit` tokens. corpus: perplexity over the documents that it holds out, each read alone, the
     first `limit` of them; the same corpus as in `kind: pretrain` holds out the same documents.
+    samples, k: completions of each example, and for each k the chance that one of k is right.
     """
 
     task: TaskConfig | None = None
@@ -45,11 +46,15 @@ class MeasureConfig(Section):
     split: Literal["train", "test"] = "test"
     limit: Positive | None = None
     generation: GenerationConfig = GenerationConfig(max_new_tokens=256)
+    samples: Positive = 1
+    k: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
     def _one_source(self) -> MeasureConfig:
         if (self.task is None) == (self.corpus is None):
             raise ValueError("either task or corpus, which say what to measure on")
+        if self.corpus is not None and (self.samples > 1 or self.k):
+            raise ValueError("samples and k with a task alone")
         return self
 
 
