@@ -184,7 +184,7 @@ def test_own_samples_are_read_to_their_thirty_second_token() -> None:
 def test_batches_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora()
     whole = subject(model).look().good
-    for name, value in (("BATCH_TOKENS", 30), ("BATCH_LOGITS", 67 * 7), ("PIECE", 3)):
+    for name, value in (("BATCH_TOKENS", 30), ("BATCH_LOGITS", 67 * 7), ("PIECE", 67 * 3)):
         monkeypatch.setattr(forced, name, value)
     parts = subject(model).look().good
     assert torch.equal(whole.tokens, parts.tokens)

@@ -179,3 +179,18 @@ INITS = Registry(
         "mica": "loralab.adapters.inits.peft_own:Mica",
     },
 )
+
+PROBES = Registry(
+    "probe",
+    "loralab.probes",
+    {
+        "text": "loralab.health.text:TextProbe",
+        "divergence": "loralab.health.divergence:DivergenceProbe",
+        "own_divergence": "loralab.health.divergence:OwnDivergenceProbe",
+        "token_classes": "loralab.health.token_classes:TokenClassProbe",
+        "weights": "loralab.health.weights:WeightProbe",
+        "parity": "loralab.health.parity:ParityProbe",
+        "data": "loralab.health.data:DataProbe",
+        "canaries": "loralab.health.canaries:CanaryProbe",
+    },
+)

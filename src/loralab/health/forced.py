@@ -25,8 +25,8 @@ BATCH_TOKENS = 2048
 """Padded tokens in one forward."""
 BATCH_LOGITS = 2**25
 """Logits in one forward, in numbers."""
-PIECE = 128
-"""Tokens whose distributions exist in float32 at one time."""
+PIECE = 2**23
+"""Numbers of a distribution that exist in float32 at one time, some times over."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class Forced:
         numbers = [torch.empty(0) for _ in range(6)]
         whole = torch.empty(0, dtype=torch.long)
         return Forced(whole, whole, whole.bool(), *numbers)
+
+    def among(self, prompts: Sequence[int]) -> Forced:
+        """The tokens of these prompts alone."""
+        chosen = torch.isin(self.rows, torch.tensor(prompts, dtype=torch.long))
+        return Forced(**{f.name: getattr(self, f.name)[chosen] for f in fields(Forced)})
 
     def of_rows_in_order(self) -> Forced:
         """Sorted by prompt, tokens of one in their order."""
@@ -186,13 +191,14 @@ def compare(batch: Sequence[Row], logits: Tensor, base: Tensor | None) -> Forced
     ends = torch.zeros(len(tokens), dtype=torch.bool)
     last = counts.cumsum(0) - 1
     ends[last] = torch.tensor([row.ends for row in batch])
+    step = max(1, PIECE // logits.shape[-1])
     pieces = [
         _distributions(
-            logits[at : at + PIECE],
-            None if base is None else base[at : at + PIECE].to(logits.device),
-            tokens[at : at + PIECE].to(logits.device),
+            logits[at : at + step],
+            None if base is None else base[at : at + step].to(logits.device),
+            tokens[at : at + step].to(logits.device),
         )
-        for at in range(0, len(tokens), PIECE)
+        for at in range(0, len(tokens), step)
     ]
     numbers = torch.cat(pieces, dim=1).cpu()
     return Forced(
@@ -213,7 +219,8 @@ def _distributions(logits: Tensor, base: Tensor | None, tokens: Tensor) -> Tenso
         none = torch.full_like(nll, torch.nan)
         return torch.stack([nll, entropy, none, none, none, none])
     log_q = base.log_softmax(dim=-1, dtype=torch.float32)
-    agree = (log_p.argmax(-1) == log_q.argmax(-1)).float()
+    # `max` is several times as fast as `argmax` on a CPU, and takes the first of equals too.
+    agree = (logits.max(-1).indices == base.max(-1).indices).float()
     agree[nll.isnan()] = torch.nan
     base_nll, base_entropy = -log_q.gather(1, at)[:, 0], -_expected(log_q.exp(), log_q)
     # The difference first: a sum of p log p and one of p log q would cancel to rounding.

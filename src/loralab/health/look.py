@@ -19,11 +19,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from loralab.engines.base import Request, Sampling
-from loralab.engines.batched import BatchedEngine
 from loralab.engines.prompts import PromptEncoder
 from loralab.engines.stopping import end_tokens
 from loralab.errors import UserError
+from loralab.health import greedy
 from loralab.health.findings import Example
 from loralab.health.forced import Forced, Row, Seen, batches, compare, run
 from loralab.health.prompts import Prompt, as_prompts
@@ -102,6 +101,8 @@ class Subject:
         self.has_base = base is not None or has_adapter(self.causal)
         self._hidden: dict[tuple[Row, ...], Tensor | None] = {}
         self._head: Any = None
+        self._kept: dict[object, Any] = {}
+        self._layout: dict[int, bool] = {}
         if self._now:
             self._keep_now()
 
@@ -109,6 +110,12 @@ class Subject:
     def only_kept(self) -> bool:
         """Whether of the base there is no more than what was kept of it ("now")."""
         return self._now
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model takes at most, where its config says so."""
+        config = self.causal.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
 
     @cached_property
     def requests(self) -> list[Any]:
@@ -120,8 +127,7 @@ class Subject:
         """One a prompt, made once; () without a base."""
         if not self.has_base:
             return ()
-        with self.as_base() as causal:
-            return self.complete(causal)
+        return self.complete(base=True)
 
     @cached_property
     def good_rows(self) -> tuple[Row, ...]:
@@ -147,7 +153,7 @@ class Subject:
         context."""
         front = self.encoder.encode(request)
         ids = (*front, *answer)
-        limit = getattr(self.causal.config, "max_position_embeddings", None) or len(ids)
+        limit = self.context or len(ids)
         # Nothing stands before the first token that could predict it.
         return Row(index, ids[:limit], max(1, len(front)), ends and len(ids) <= limit)
 
@@ -181,17 +187,46 @@ class Subject:
             with held_still(self.causal), base_of(self.model):
                 yield self.causal
 
-    def complete(
-        self, causal: Any, requests: Sequence[Any] | None = None, max_new_tokens: int | None = None
-    ) -> tuple[Completion, ...]:
-        """Greedy completions of the model as it stands within `as_model` or `as_base`."""
-        sampling = Sampling(max_new_tokens or self.max_new_tokens)
-        # The PyTorch engine runs a model as it stands, whatever is in its layers.
-        engine = BatchedEngine(causal, self.tokenizer, backend="torch")
-        wanted = self.requests if requests is None else requests
+    def complete(self, base: bool) -> tuple[Completion, ...]:
+        """Greedy completions of the prompts by the model as it stands, or by its base."""
+        made = self._native_complete(base)
+        if made is None:
+            with self.as_base() if base else self.as_model() as causal:
+                made = greedy.complete(causal, self.tokenizer, self.requests, self.max_new_tokens)
         return tuple(
-            Completion(made.text, made.tokens, made.finish_reason == "stop", made.error)
-            for made in engine.generate([Request(request, None, sampling) for request in wanted])
+            Completion(one.text, one.tokens, one.finish_reason == "stop", one.error) for one in made
+        )
+
+    def _native_complete(self, base: bool) -> list[Any] | None:
+        """None where the model itself has to run."""
+        if self._native is None:
+            return None
+        if base:
+            return self._native.base(self.requests, self.max_new_tokens)
+        state = greedy.plain_adapter(self.model, self.causal)
+        if state is None:
+            return None
+        return self._native.adapted(state, self.requests, self.max_new_tokens)
+
+    @cached_property
+    def _native(self) -> greedy.NativeCopy | None:
+        if self._now or self._second is not None or not self.has_base:
+            return None
+        with held_still(self.causal):
+            return greedy.native_copy(self.model, self.causal, self.tokenizer)
+
+    def as_answers(self, completions: Sequence[Completion]) -> tuple[Answer, ...]:
+        """Completions of the prompts, as text statistics take them."""
+        return tuple(
+            Answer(
+                prompt.shown,
+                made.text,
+                made.token_ids,
+                made.ended,
+                made.failed is not None,
+                frozenset(filter(self.is_layout, made.token_ids)),
+            )
+            for prompt, made in zip(self.prompts, completions, strict=bool(completions))
         )
 
     def expect(self, rows: Sequence[Row], base: bool, keep: bool = False) -> Forced:
@@ -208,14 +243,30 @@ class Subject:
             parts.append(compare(batch, logits, beside))
         return Forced.joined(parts).of_rows_in_order() if parts else Forced.none()
 
-    def base_alone(self, rows: Sequence[Row]) -> Forced:
-        """What the base expects along rows, in the fields of the model."""
+    def expect_base(self, rows: Sequence[Row]) -> Forced:
+        """What the base expects along rows, in the fields of the model; where there is none or its
+        weights were not kept, what the model expects as it is."""
         vocabulary = self.causal.config.get_text_config(decoder=True).vocab_size
+        alone = self.as_base if self.has_base and not self.only_kept else self.as_model
         parts = []
         for batch in batches(rows, vocabulary):
-            with self.as_base() as causal:
+            with alone() as causal:
                 parts.append(compare(batch, run(causal, batch).logits, None))
         return Forced.joined(parts).of_rows_in_order() if parts else Forced.none()
+
+    def once(self, key: object, make: Callable[[], _T]) -> _T:
+        """What a probe (the key) makes of a subject at its first look, and keeps."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        made: _T = self._kept[key]
+        return made
+
+    def is_layout(self, token: int) -> bool:
+        """Whether a token is whitespace alone."""
+        if token not in self._layout:
+            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            self._layout[token] = bool(text) and not text.strip()
+        return self._layout[token]
 
     def _base_logits(self, batch: tuple[Row, ...], keep: bool) -> Tensor:
         hidden = self._hidden.get(batch)
@@ -267,7 +318,7 @@ class Look:
     @cached_property
     def completions(self) -> tuple[Completion, ...]:
         """One a prompt, greedy."""
-        return self._timed("completions", self._complete)
+        return self._timed("completions", lambda: self.subject.complete(base=False))
 
     @property
     def base_completions(self) -> tuple[Completion, ...]:
@@ -288,29 +339,22 @@ class Look:
         return self._timed("own", self._own)
 
     def answers(self) -> tuple[Answer, ...]:
-        """The completions beside prompt and base, as text statistics take them."""
-        return tuple(
-            Answer(prompt.shown, made.text, made.token_ids, made.ended, made.failed is not None)
-            for prompt, made in zip(self.subject.prompts, self.completions, strict=True)
-        )
+        """The completions beside their prompts, as text statistics take them."""
+        return self.subject.as_answers(self.completions)
 
     def base_answers(self) -> tuple[Answer, ...]:
         """As `answers`, of the base; () without one."""
-        if not self.subject.has_base:
-            return ()
-        return tuple(
-            Answer(prompt.shown, made.text, made.token_ids, made.ended, made.failed is not None)
-            for prompt, made in zip(self.subject.prompts, self.base_completions, strict=True)
-        )
-
-    def _complete(self) -> tuple[Completion, ...]:
-        with self.subject.as_model() as causal:
-            return self.subject.complete(causal)
+        return self.subject.as_answers(self.base_completions)
 
     def _own(self) -> Forced:
         subject = self.subject
         rows = [
-            subject.row(index, request, made.token_ids[:OWN_TOKENS], made.ended)
+            subject.row(
+                index,
+                request,
+                made.token_ids[:OWN_TOKENS],
+                made.ended and len(made.token_ids) <= OWN_TOKENS,
+            )
             for index, (request, made) in enumerate(
                 zip(subject.requests, self.completions, strict=True)
             )
@@ -346,6 +390,9 @@ def measure(look: Look, probes: Sequence[Probe], step: int) -> Reading:
 
 
 def _examples(look: Look) -> tuple[Example, ...]:
+    """() where no probe asked for text."""
+    if "completions" not in vars(look):
+        return ()
     answers, base = look.answers(), look.base_answers()
     bad = [
         badness(answer) - (badness(base[index]) if base else 0.0)

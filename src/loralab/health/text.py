@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, groupby, pairwise
@@ -28,6 +28,9 @@ LONG_RUN = 16
 """One token oftener than this in a row is no text; LOOPING the like for repeated 4-grams. Limits
 that nothing healthy came near in published measurements of base models and of code."""
 LOOPING = 0.5
+ENOUGH = 8
+"""Tokens of an answer under which the share of one of them says nothing."""
+COPY_WORDS = 5
 COPY_WORDS = 5
 """Words in a row that an answer has from its prompt before they count as copied."""
 
@@ -36,7 +39,7 @@ COPY_WORDS = 5
 class Answer:
     """A completion and what it answers. token_ids: with the end token, if `ended` by one.
 
-    failed: it broke off because logits were NaN.
+    failed: it broke off because logits were NaN. layout: those ids that are whitespace alone.
     """
 
     prompt: str
@@ -44,6 +47,7 @@ class Answer:
     token_ids: tuple[int, ...]
     ended: bool
     failed: bool = False
+    layout: frozenset[int] = frozenset()
 
     @property
     def body(self) -> tuple[int, ...]:
@@ -63,6 +67,12 @@ def repetition(ids: Sequence[int], n: int = GRAM) -> float:
 def longest_run(ids: Sequence[int]) -> int:
     """How often one token stands in a row at most; 0 of nothing."""
     return max((sum(1 for _ in run) for _, run in groupby(ids)), default=0)
+
+
+def top_token_share(ids: Sequence[int], layout: Container[int] = ()) -> float:
+    """Share of the commonest token that is not layout among all; 0 of nothing."""
+    counts = Counter(token for token in ids if token not in layout)
+    return max(counts.values(), default=0) / len(ids) if ids else 0.0
 
 
 def distinct(answers: Sequence[Sequence[int]], n: int = 2) -> float:
@@ -148,11 +158,12 @@ def badness(answer: Answer) -> float:
 def statistics(answers: Sequence[Answer], base: Sequence[Answer] = ()) -> dict[str, float]:
     """Values by name without the leading "text."; means over answers where nothing else is said.
 
-    repetition4, longest_run (the maximum), distinct2 and compression (of all together), newlines
-    and whitespace (shares of characters), length (tokens, the end token left out), eos_rate,
-    truncated (neither ended nor failed), similarity (over pairs), charset_drift and language_drift
-    (against the base's answers; NaN without), copied; and as shares of the answers: empty (nothing
-    visible), failed (logits were NaN), looping (repetition4 over 0.5), long_run (over 16).
+    repetition4, longest_run (the maximum), top_token_share (of answers of 8 tokens or more),
+    distinct2 and compression (of all together), newlines and whitespace (shares of characters),
+    length (tokens, the end token left out), eos_rate, truncated (neither ended nor failed),
+    similarity (over pairs), charset_drift and language_drift (against the base's answers; NaN
+    without), copied; and as shares of the answers: empty (nothing visible), failed (logits were
+    NaN), looping (repetition4 over 0.5), long_run (over 16).
     """
     if not answers:
         return dict.fromkeys(NAMES, float("nan"))
@@ -165,6 +176,11 @@ def statistics(answers: Sequence[Answer], base: Sequence[Answer] = ()) -> dict[s
         "looping": fmean(one > LOOPING for one in repeats),
         "longest_run": float(max(runs)),
         "long_run": fmean(one > LONG_RUN for one in runs),
+        "top_token_share": _mean(
+            top_token_share(answer.body, answer.layout)
+            for answer in answers
+            if len(answer.body) >= ENOUGH
+        ),
         "distinct2": distinct(bodies),
         "compression": compression(texts),
         "newlines": fmean(map(newline_share, texts)),
@@ -203,6 +219,12 @@ def _jaccard(a: frozenset[tuple[str, ...]], b: frozenset[tuple[str, ...]]) -> fl
     return len(a & b) / len(a | b)
 
 
+def _mean(values: Iterable[float]) -> float:
+    """NaN of nothing."""
+    listed = list(values)
+    return fmean(listed) if listed else float("nan")
+
+
 @lru_cache(maxsize=4096)
 def _script(character: str) -> str | None:
     """The script of a letter by the first word of its Unicode name ("LATIN"), "�" of what is no
@@ -222,6 +244,7 @@ NAMES = (
     "looping",
     "longest_run",
     "long_run",
+    "top_token_share",
     "distinct2",
     "compression",
     "newlines",
