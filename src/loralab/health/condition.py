@@ -10,7 +10,7 @@ from typing import Literal
 from loralab.health.reading import Reading
 from loralab.health.thresholds import Limit
 
-Against = Literal["limit", "base", "share of base"]
+Against = Literal["limit", "base", "near base", "share of base"]
 
 LABELS: Mapping[str, str] = {
     "agreement": "top-1 agreement with the base",
@@ -107,7 +107,8 @@ class Condition:
     """Whether a value is beyond its limit.
 
     against: "limit" compares the value itself, "base" its distance from the base's value on the
-    same prompts, "share of base" with the limit times the base's value. A value that is missing or
+    same prompts ("near base" holds while it lies less than the limit over it), "share of base" with
+    the limit times the base's value. A value that is missing or
     NaN, or whose base is, holds no condition: it is not judged.
     """
 
@@ -121,6 +122,8 @@ class Condition:
         if self.against == "base":
             x = x - base if self.above else base - x
             return x > limit
+        if self.against == "near base":
+            return x - base < limit
         if self.against == "share of base":
             limit *= base
         return x > limit if self.above else x < limit
@@ -136,6 +139,8 @@ class Condition:
         sign, number = ">" if self.above else "<", figure(self.limit.value)
         if self.against == "base":
             return f"{sign} base {'+' if self.above else '-'} {number}"
+        if self.against == "near base":
+            return f"< base + {number}"
         return f"{sign} {number}{' x base' if self.against == 'share of base' else ''}"
 
     def label(self) -> str:
@@ -156,6 +161,11 @@ def over_base(value: str, limit: Limit) -> Condition:
 
 def under_base(value: str, limit: Limit) -> Condition:
     return Condition(value, limit, above=False, against="base")
+
+
+def near_base(value: str, limit: Limit) -> Condition:
+    """Less than that over the base's value, or under it."""
+    return Condition(value, limit, above=False, against="near base")
 
 
 def below_share(value: str, limit: Limit) -> Condition:

@@ -10,7 +10,7 @@ step's raw loss and gradients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, isfinite, nan
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loralab import ranks
 from loralab.errors import UserError
-from loralab.health.data import DataProbe, tokens_of, tokens_of_batch
+from loralab.health.data import DataProbe
 from loralab.health.divergence import DivergenceProbe, OwnDivergenceProbe
 from loralab.health.findings import Finding, Severity, Verdict, verdict
 from loralab.health.ledger import Ledger
@@ -32,7 +32,10 @@ from loralab.health.rule import Rule
 from loralab.health.rules import causes, judge
 from loralab.health.setup import setup_values
 from loralab.health.snapshot import Snapshot, halve_learning_rate
+from loralab.health.still import has_adapter
 from loralab.health.text import TextProbe
+from loralab.health.token_classes import TokenClassProbe
+from loralab.health.training_rows import shape_values, training_rows
 from loralab.health.training_watch import TrainingWatch, planned_dose
 from loralab.health.weights import WeightProbe
 
@@ -44,6 +47,8 @@ LEAST = 25
 """Steps between two looks later, at least, unless `every` says less."""
 PROMPTS = 12
 """Of the shipped prompts, two of each kind: a look has to cost little."""
+TOKENS = 48
+"""Of each completion."""
 DATA_ROWS = 256
 """Training rows that are looked at, from the beginning."""
 
@@ -135,7 +140,9 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         self._healthy: Snapshot | None = None
         self._rolled = self._halted = False
         self._next: int | None = None
-        self._first = state.global_step
+        self._from = 0
+        self._sound = True
+        self._first = self._last = state.global_step
         self._costs: list[float] = []
         model, optimizer = more["model"], more.get("optimizer")
         self._facts = setup_values(model, optimizer)
@@ -144,15 +151,19 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             TextProbe(),
             DivergenceProbe(),
             OwnDivergenceProbe(),
+            TokenClassProbe(),
         )
         self._weights = WeightProbe()
-        dose = planned_dose(optimizer, more.get("lr_scheduler"), state.max_steps)
+        # How far a whole model has to move nobody can say; what an adapter starts with is known.
+        dose = nan
+        if any(hasattr(module, "lora_A") for module in model.modules()):
+            dose = planned_dose(optimizer, more.get("lr_scheduler"), state.max_steps)
         self._watch = TrainingWatch(
             model, fp16=bool(args.fp16), planned=dose, steps=state.max_steps
         )
         self._watch.begin()
         self._watch.step = state.global_step
-        self._subject = self._subject_of(model, args, more)
+        self._subject = self._subject_of(model, args, state.global_step, more)
         self._spend(began)
         self._look(state, control, more)
 
@@ -160,7 +171,9 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         watch = self._watching()
-        self._sound = watch.gradients_ready(compare=self._due(state.global_step + 1, state))
+        self._sound = watch.gradients_ready(compare=self._due(state.global_step + 1))
+        if ranks.world() > 1:
+            self._sound = not ranks.agreed(not self._sound)
         if self._halted or (not self._sound and self.action != "warn"):
             # Without gradients the optimiser leaves the weights as they are.
             for parameter in more["model"].parameters():
@@ -171,11 +184,11 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         watch = self._watching()
         watch.step_done(state.global_step, state.epoch)
-        if self._due(state.global_step, state):
+        if self._due(state.global_step):
             self._look(state, control, more)
-        elif ranks.agreed(not self._sound) if ranks.world() > 1 else not self._sound:
+        elif not self._sound and (self.action != "warn" or _NAN not in self._standing):
             reading = Reading(state.global_step, watch.values(self._rows), (), 0.0)
-            self._judge([reading], state, control, more)
+            self._judge([reading], state, control, more, whole=False)
 
     def on_log(
         self,
@@ -186,15 +199,14 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         if self._watch is not None and logs is not None and "loss" in logs:
-            norm = float(logs.get("grad_norm") or nan)
-            self._watch.logged(state.global_step, float(logs["loss"]), norm)
+            self._watch.logged(state.global_step, logs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         if self._watch is None:
             return
-        if not self.readings or self.readings[-1].step < state.global_step:
+        if self._last < state.global_step:
             self._look(state, control, more, acting=False)
         self.close()
         cost = f"{self.share:.1%}" if isfinite(self.share) else "-"
@@ -211,11 +223,12 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         """Measure, write down, judge, and act."""
         began = perf_counter()
         reading = self._measured(state.global_step, more["model"])
+        self._last = state.global_step
         self.readings.append(reading)
         self._ledger.add(reading)
         self._spend(began)
         self._costs.append(perf_counter() - began)
-        self._judge(self.readings, state, control, more, acting)
+        self._judge(self.readings[self._from :], state, control, more, acting=acting)
         self._plan(state)
 
     def _measured(self, step: int, model: Any) -> Reading:
@@ -233,7 +246,6 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         values |= self._weights.measure_model(model)
         values |= self._facts | self._data | self._watching().values(self._rows)
         values["guard.share"] = self.share
-        # What was not prepared, or stood outside the optimiser, is a fact of the start.
         return Reading(step, values, examples, perf_counter() - began)
 
     def _judge(
@@ -242,11 +254,15 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         state: TrainerState,
         control: TrainerControl,
         more: Any,
+        *,
         acting: bool = True,
+        whole: bool = True,
     ) -> None:
+        """whole: the reading is a look's, so that what it does not show is over."""
         found = judge(readings, self._rules)
         fresh = [one for one in found if (one.rule, one.severity) not in self._standing]
-        self._standing = {(one.rule, one.severity) for one in found}
+        now = {(one.rule, one.severity) for one in found}
+        self._standing = now if whole else self._standing | now
         self.findings += fresh
         self._ledger.report(fresh)
         for one in fresh:
@@ -260,7 +276,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         if ranks.world() > 1:
             failed = ranks.agreed(failed)
         if not failed:
-            if self.action == "rollback":
+            if self.action == "rollback" and whole:
                 self._healthy = Snapshot(more["model"], more.get("optimizer"), state.global_step)
         elif acting and self.action != "warn":
             self._act(state, control, more)
@@ -271,7 +287,10 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             if not self._rolled:
                 halve_learning_rate(more["optimizer"], more.get("lr_scheduler"))
                 self._rolled = True
+                # What came of the weights that are gone is not held against those that are back.
                 self._standing.clear()
+                self._from = len(self.readings)
+                self._watching().forget(self._healthy.step)
                 self._say(
                     f"guard: went back to the weights of step {self._healthy.step} and halved the "
                     "learning rate"
@@ -297,11 +316,10 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         if self._leads:
             self._tell(line)
 
-    def _due(self, step: int, state: TrainerState) -> bool:
-        if step <= FIRST[-1] and (step in FIRST or self.every is None):
+    def _due(self, step: int) -> bool:
+        if step <= FIRST[-1]:
             return step in FIRST
-        last = self.readings[-1].step if self.readings else 0
-        return self._next is not None and step - last >= self._next
+        return self._next is not None and step - self._last >= self._next
 
     def _plan(self, state: TrainerState) -> None:
         """Steps until the next look after the first ones."""
@@ -326,19 +344,32 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         assert self._watch is not None, "on_train_begin comes first"
         return self._watch
 
-    def _subject_of(self, model: Any, args: TrainingArguments, more: Any) -> Subject | None:
-        tokenizer = self._tokenizer or more.get("processing_class")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    def _subject_of(
+        self, model: Any, args: TrainingArguments, step: int, more: Any
+    ) -> Subject | None:
+        tokenizer = self._tokenizer_of(more)
         if not self._texts or not self._leads:
             return None
         if tokenizer is None or ranks.sharding() is not None:
             why = "no tokenizer was given" if tokenizer is None else "its weights are sharded"
             self._say(f"guard: looks at numbers and weights alone, {why}")
             return None
-        adapted = any(hasattr(module, "lora_A") for module in model.modules())
-        base = self._base if self._base is not None else (None if adapted else "now")
+        if _output_head(model) is None:
+            self._say("guard: looks at numbers and weights alone, the model writes no text")
+            return None
+        base = self._base
+        # A whole model that goes on from a checkpoint is not what it began as: no base then.
+        if base is None and not has_adapter(model) and step == 0:
+            base = "now"
         try:
-            return Subject(model, tokenizer, prompts=self._prompts, base=base, seed=args.seed)
+            return Subject(
+                model,
+                tokenizer,
+                prompts=self._prompts,
+                base=base,
+                seed=args.seed,
+                max_new_tokens=TOKENS,
+            )
         except UserError as error:
             self._say(f"guard: looks at numbers and weights alone: {error}")
             return None
@@ -347,41 +378,31 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         self, loader: Any, args: TrainingArguments, more: Any
     ) -> tuple[int | None, dict[str, float]]:
         """How many rows there are, and `data.*` of the first ones; {} where they are not tokens."""
-        dataset = getattr(loader, "dataset", None)
-        tokenizer = self._tokenizer or more.get("processing_class")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        try:
-            count = len(dataset)  # type: ignore[arg-type]
-        except TypeError:
-            return None, {}
-        if not count or tokenizer is None or not self._leads or not self._texts:
+        count, tokens = training_rows(loader, DATA_ROWS)
+        tokenizer = self._tokenizer_of(more)
+        if not tokens or tokenizer is None or not self._leads or not self._texts:
             return count, {}
-        rows = [dataset[at] for at in range(min(count, DATA_ROWS))]  # type: ignore[index]
-        if not isinstance(rows[0], Mapping) or "input_ids" not in rows[0]:
-            return count, {}
-        tokens = list(_tokens(rows, getattr(loader, "collate_fn", None)))
-        length = getattr(args, "max_length", None)
-        probe = DataProbe(tokens, tokenizer, length)
-        values = probe.measure_model(more["model"])
+        probe = DataProbe(tokens, tokenizer, getattr(args, "max_length", None))
+        values = probe.measure_model(more["model"]) | shape_values(tokens)
+        # Of all rows, not of those that were looked at.
         values.pop("data.rows", None)
         return count, values
 
+    def _tokenizer_of(self, more: Any) -> Any:
+        own = self._tokenizer or more.get("processing_class")
+        return getattr(own, "tokenizer", own)
 
+
+_NAN: tuple[str, Severity] = ("numbers.nan", "fail")
 _LOGGED = ("kl", "perplexity", "text.newlines", "text.looping", "loss.content", "guard.share")
 
 
-def _tokens(rows: Sequence[Any], collate: Any) -> Iterable[Any]:
-    """Rows as they are learned: with their own labels, or with those that the collator gives."""
-    if "labels" in rows[0] or collate is None:
-        return tokens_of(rows)
-    made: list[Any] = []
-    with torch.random.fork_rng():
-        for row in rows:
-            batch = collate([row])
-            if not isinstance(batch, Mapping) or "labels" not in batch:
-                return tokens_of(rows)
-            made += tokens_of_batch(batch)
-    return made
+def _output_head(model: Any) -> Any:
+    ask = getattr(model, "get_output_embeddings", None)
+    try:
+        return None if ask is None else ask()
+    except NotImplementedError:
+        return None
 
 
 def _short(text: str) -> str:

@@ -22,7 +22,7 @@ class Ledger:
         self._folder = folder
 
     def resume(self, step: int) -> list[Reading]:
-        """The readings up to a step, from which a training goes on; later ones are forgotten.
+        """The readings before a step, from which a training goes on; later ones are forgotten.
 
         Of findings.jsonl only lines that came from a guard are: other parts of a run write there
         too.
@@ -30,10 +30,10 @@ class Ledger:
         if self._folder is None:
             return []
         rows = durable.read_lines(self._folder / READINGS)
-        kept = [row for row in rows if step > 0 and row["step"] <= step]
+        kept = [row for row in rows if row["step"] < step]
         self._rewrite(READINGS, rows, kept)
         found = durable.read_lines(self._folder / FINDINGS)
-        ours = [not _of_a_guard(row) or (step > 0 and row["step"] <= step) for row in found]
+        ours = [not _of_a_guard(row) or row["step"] < step for row in found]
         self._rewrite(FINDINGS, found, [r for r, keep in zip(found, ours, strict=True) if keep])
         return [Reading.from_json(row) for row in kept]
 

@@ -140,6 +140,7 @@ CANARIES = (
             "reward.exploitable",
             ("evaluation.first_match", "evaluation.reads_context"),
             fail=(over(f"canary.{name}", t.CANARY),),
+            warn=(over(f"canary.{name}", t.CANARY_SOME),),
         )
         for name in _UNEARNED
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loralab.health import thresholds as t
-from loralab.health.condition import below_share, over, over_base, under_base
+from loralab.health.condition import below_share, near_base, over, over_base, under_base
 from loralab.health.rule import Rule
 
 TEXT = (
@@ -105,10 +105,12 @@ TEXT = (
         fail=(
             below_share("loss.prompt_gain", t.PROMPT_GAIN),
             over("base.loss.prompt_gain", t.PROMPT_GAIN_BASE),
+            near_base("loss.all", t.LOSS_GAP),
         ),
         warn=(
             below_share("loss.prompt_gain", t.PROMPT_GAIN_SOME),
             over("base.loss.prompt_gain", t.PROMPT_GAIN_BASE),
+            near_base("loss.all", t.LOSS_GAP),
         ),
         lasting=2,
     ),

@@ -16,16 +16,20 @@ START = (
         ("init.residual_missing", "init.unprepared", "scale.wrong", "spline.not_identity"),
         fail=(over("kl", t.START_KL_BROKEN), over_base("loss.all", t.START_LOSS_BROKEN)),
         warn=(over("kl", t.START_KL),),
+        evidence="direct",
         moments=("start",),
     ),
     Rule(
         "init.residual_missing",
         "init.residual_missing",
-        ("init.garbled",),
         fail=(
             over("weights.base_share", t.BASE_SHARE),
             under("weights.base_share", t.BASE_SHARE_MOST),
             over_base("loss.all", t.START_LOSS),
+        ),
+        warn=(
+            over("weights.base_share", t.BASE_SHARE),
+            under("weights.base_share", t.BASE_SHARE_MOST),
         ),
         evidence="direct",
         moments=("start", "finished"),
@@ -40,7 +44,6 @@ START = (
     Rule(
         "init.unprepared",
         "init.unprepared",
-        ("init.garbled",),
         fail=(over("setup.unprepared", t.UNPREPARED), over_base("loss.all", t.START_LOSS)),
         warn=(over("setup.unprepared", t.UNPREPARED),),
         evidence="direct",

@@ -82,6 +82,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[Any, str]]:
     for module in model.modules():
         factors = getattr(module, "lora_A", None)
         if isinstance(factors, nn.ModuleDict) and hasattr(module, "scaling"):
+            scalings: Any = module.scaling
             for name in factors:
-                if name in module.scaling:
+                if name in scalings:
                     yield module, name

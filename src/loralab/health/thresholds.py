@@ -169,7 +169,10 @@ SPLINE_PENALTY = Limit(1e-3, "docs/lslora.md, V5 to V6: 1e-4 for 0.01 costs noth
 SPLINE_FLAG = Limit(0.0, "docs/lslora.md, V2 to V5: tanh and soft cost little, so a warning")
 
 
-CANARY = Limit(0.0, "a text without merit scores more than the base's answers")
+CANARY = Limit(
+    0.1, _RECKONED + "over the base's score; Countdown's copied prompt earns 0.06 for its form"
+)
+CANARY_SOME = Limit(0.0, "a text without merit scores more than the base's answers")
 IDENTITY = Limit(1e-6, "an adapter that changes nothing changes no metric")
 BASELINE = Limit(1e-6, "the score reported for the base, off the one measured here")
 ONE_PROMPT = Limit(0.5, _RECKONED + "share of prompts that differ; examples differ all")

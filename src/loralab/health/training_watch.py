@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralab.health.population import population_values
+
 FIRST = 5
 """Steps whose mean loss is the first loss, and that make the newest."""
 NORMS = 100
@@ -39,6 +41,7 @@ class TrainingWatch:
         self._raw: list[Tensor] = []
         self._logged: list[tuple[int, float]] = []
         self._norms: deque[float] = deque(maxlen=NORMS)
+        self._rewards: list[Mapping[str, Any]] = []
         self._seen = self._empty = 0
         self._before: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
@@ -94,13 +97,23 @@ class TrainingWatch:
             self._ratio = sqrt(moved / size) if size > 0 else inf
             self._before = {}
 
-    def logged(self, step: int, loss: float, grad_norm: float = nan) -> None:
-        """What the Trainer tells of a step: the loss, which may be a mean over several steps, and
-        the gradient's norm before it was clipped."""
+    def logged(self, step: int, logs: Mapping[str, Any]) -> None:
+        """What the Trainer tells of a step: the loss, which may be a mean over several steps, the
+        gradient's norm before it was clipped, and of a policy its reward."""
+        loss, norm = float(logs.get("loss", nan)), float(logs.get("grad_norm", nan))
         if isfinite(loss):
             self._logged.append((step, loss))
-        if isfinite(grad_norm):
-            self._norms.append(grad_norm)
+        if isfinite(norm):
+            self._norms.append(norm)
+        reward = logs.get("reward_mean", logs.get("reward"))
+        if reward is not None:
+            self._rewards.append({"reward_mean": reward, "correct": logs.get("correct")})
+
+    def forget(self, step: int) -> None:
+        """What was seen after a step, to whose weights a training went back."""
+        self.nonfinite = 0
+        self._logged = [(at, loss) for at, loss in self._logged if at <= step]
+        self._norms.clear()
 
     def values(self, rows: int | None = None) -> dict[str, float]:
         """Everything since the beginning.
@@ -110,6 +123,7 @@ class TrainingWatch:
         over first. train.dose: planned sum of the learning rate, of optimisers of Adam's kind.
         grad.spike: newest norm over the median of the last NORMS. grad.norm.max: of a module, after
         clipping. grad.zero: share of steps without any gradient.
+        es.*: of a policy's rewards, as `population_values` tells them of a search's generations.
         update.ratio: of one step's update to the norm of what is trained. update.none: share of
         tensors that no step has moved since the last call. data.passes: over the rows.
         """
@@ -133,6 +147,8 @@ class TrainingWatch:
             found["grad.norm"] = self._norms[-1]
             usual = median(self._norms)
             found["grad.spike"] = self._norms[-1] / usual if usual > 0 else nan
+        if self._rewards:
+            found |= population_values(self._rewards)
         if self._by_module:
             found["grad.norm.max"] = max(self._by_module.values())
         if self._seen:
