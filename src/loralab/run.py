@@ -1,7 +1,7 @@
 """The run directory: everything a run writes and a report reads, through one typed class.
 
     config.yaml  environment.json  metrics.jsonl  completions.jsonl  findings.jsonl
-    timings.json  journal.jsonl  checkpoints/  adapter/  figures/  report.html
+    readings.jsonl  timings.json  journal.jsonl  checkpoints/  adapter/  figures/  report.html
 
 One process writes a run directory at a time (flock on `.lock`); any number may read it. The
 class never imports torch.
@@ -26,7 +26,13 @@ from loralab import durable
 from loralab.environment import describe
 from loralab.errors import UserError
 
-_LINES = ("metrics.jsonl", "completions.jsonl", "findings.jsonl", "journal.jsonl")
+_LINES = (
+    "metrics.jsonl",
+    "completions.jsonl",
+    "findings.jsonl",
+    "readings.jsonl",
+    "journal.jsonl",
+)
 _LOCK = ".lock"
 
 
@@ -158,6 +164,10 @@ class Run:
 
     def findings(self) -> list[dict[str, Any]]:
         return durable.read_lines(self.path / "findings.jsonl")
+
+    def readings(self) -> list[dict[str, Any]]:
+        """What the guard measured, look by look."""
+        return durable.read_lines(self.path / "readings.jsonl")
 
     def rewind(self, generation: int) -> None:
         """Forget metrics and completions of `generation` and later, before it is run again.

@@ -12,6 +12,7 @@ from loralab.config.sections import (
     EngineConfig,
     Fraction,
     GenerationConfig,
+    GuardConfig,
     InitConfig,
     Positive,
     Section,
@@ -94,6 +95,7 @@ class EvolveConfig(CommonConfig):
     evolution: EvolutionConfig
     generation: GenerationConfig = GenerationConfig()
     engine: EngineConfig = EngineConfig()
+    guard: GuardConfig | None = GuardConfig()
 
     @model_validator(mode="after")
     def _searchable(self) -> EvolveConfig:
@@ -104,6 +106,8 @@ class EvolveConfig(CommonConfig):
             raise ValueError("adapter.dropout 0: nothing is dropped without gradients")
         if adapter.init.name == "progressive":
             raise ValueError("another adapter.init than progressive, which needs training steps")
+        if self.guard is not None and self.guard.action == "rollback":
+            raise ValueError("guard.action: warn or stop; the best point is kept in any case")
         if self.evolution.noise_on == "weights" and adapter.init != InitConfig():
             raise ValueError("no adapter.init with noise_on: weights, which searches W itself")
         return self

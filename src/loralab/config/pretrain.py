@@ -6,7 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from loralab.config.sections import CommonConfig, GenerationConfig, Positive, Section
+from loralab.config.sections import (
+    CommonConfig,
+    GenerationConfig,
+    GuardConfig,
+    Positive,
+    Section,
+)
 from loralab.config.training import ContaminationConfig, TrainingConfig
 
 
@@ -92,6 +98,7 @@ class PretrainConfig(CommonConfig):
     training: TrainingConfig
     evaluation: HeldOutConfig = HeldOutConfig()
     generation: GenerationConfig = GenerationConfig(max_new_tokens=128, temperature=0.8, top_k=40)
+    guard: GuardConfig | None = GuardConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:

@@ -83,6 +83,22 @@ class GenerationConfig(Section):
     stop: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
+class GuardConfig(Section):
+    """What watches a run and judges it (`loralab.health`); `guard: null` watches nothing.
+
+    action: of a failure. "warn" says so, "stop" ends the run, "rollback" (by gradient) goes back to
+    the last healthy weights and halves the learning rate, the second time it goes back and stops.
+    every: steps or generations between looks after the first 50; null makes it as often as keeps
+    the time of looking under `budget` of the run's. prompts: what the model is asked at each look;
+    null takes twelve of ours.
+    """
+
+    action: Literal["warn", "stop", "rollback"] = "warn"
+    every: Positive | None = None
+    budget: float = Field(default=0.03, gt=0, le=1)
+    prompts: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
+
+
 class EngineConfig(Section):
     """What generates. memory_gb bounds the caches of one batch; None leaves it to the engine."""
 

@@ -12,6 +12,7 @@ from loralab.config.sections import (
     CommonConfig,
     Fraction,
     GenerationConfig,
+    GuardConfig,
     Positive,
     Section,
     TaskConfig,
@@ -95,6 +96,7 @@ class GradientConfig(CommonConfig):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     generation: GenerationConfig = GenerationConfig(max_new_tokens=256)
+    guard: GuardConfig | None = GuardConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from loralab import tasks
 from loralab.config import EvolveConfig
 from loralab.evolution.arena import Arena
 from loralab.evolution.events import Finished, Notice, OnEvent, Started, ignore
+from loralab.evolution.guarded import SearchGuard
 from loralab.evolution.journal import Entry, HeldOut
 from loralab.evolution.measures import (
     generation_done,
@@ -31,6 +32,7 @@ from loralab.evolution.shaping import mean_over_prompts
 from loralab.evolution.space import Centre
 from loralab.evolution.strategy import SearchState, ask, tell
 from loralab.evolution.workbench import Open, Workbench, open_batched
+from loralab.health.population import generation_shares
 from loralab.interrupt import Interrupt
 from loralab.rollouts import completion_rows
 from loralab.run import Run
@@ -86,6 +88,8 @@ def evolve(
         arena = Arena(config, task, bench.engine, timings, on_event)
         search = open_search(config, run, task, bench, timings, on_event)
         state, journal, best, start = search.state, search.journal, search.best, search.start
+        guard = SearchGuard(config, run, bench, state.space, on_event)
+        guard.resume(state.generation)
         on_event(
             Started(
                 model=config.model,
@@ -99,6 +103,9 @@ def evolve(
         )
 
         while state.generation < options.generations and not interrupt.requested:
+            guard.before(state)
+            if guard.stopping:
+                break
             began, generation = perf_counter(), state.generation
             batch = arena.training(generation)
             testing = bool(arena.held_out.examples) and generation % options.eval_every == 0
@@ -125,6 +132,8 @@ def evolve(
             seconds_here.append(seconds)
             row = generation_row(state, after, population, answers, means, seconds)
             row |= held_out_row(held_out, answers.centre, best)
+            texts = [[rollout.text for rollout in member] for member in answers.members]
+            row |= generation_shares(by_prompt, texts, options.antithetic)
             top = max(answers.everything, key=lambda rollout: rollout.score.reward)
             shown = answers.centre if generation == 0 else answers.centre[:SHOWN_DURING]
             phase = "before" if generation == 0 else "during"
@@ -136,6 +145,7 @@ def evolve(
             timings.save(run.timings_path)
             journal.append(Entry(generation, arena.indices(generation), fitness, digest, held_out))
             state = after
+            guard.after(row)
             del population, answers  # or two generations' members would be held at once
             time_left = fmean(seconds_here) * (options.generations - state.generation)
             on_event(generation_done(row, options.generations, top, best, time_left))
@@ -143,6 +153,7 @@ def evolve(
         complete = state.generation == options.generations
         final = None
         if complete:
+            guard.end(state)
             last = arena.test(state.space.centre(state.master), state.generation)
             final = score_of(last)
             if final is not None:

@@ -31,6 +31,7 @@ from loralab.gradient.events import (
     ignore,
 )
 from loralab.gradient.fine_tune import FineTuned, trainable
+from loralab.gradient.guarded import guards
 from loralab.gradient.judge import Judge
 from loralab.gradient.loop import checkpoints, quiet, step_of, total_steps
 from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
@@ -135,7 +136,7 @@ def _align(
             settings,
             config.dpo,
             config.seed,
-            callbacks=[diary],
+            callbacks=[diary, *guards(config, run, tokenizer, on_event)],
             output_dir=run.checkpoints,
             reference=reference,
             resume_from=resume_from,

@@ -21,6 +21,7 @@ from loralab.gradient.events import (
     TrainingStarted,
     ignore,
 )
+from loralab.gradient.guarded import guards
 from loralab.gradient.judge import Judge
 from loralab.gradient.loop import checkpoints, quiet, step_of, total_steps
 from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
@@ -126,7 +127,7 @@ def _fine_tune(
             prepared.rows,
             settings,
             config.seed,
-            callbacks=[diary],
+            callbacks=[diary, *guards(config, run, tokenizer, on_event)],
             output_dir=run.checkpoints,
             resume_from=resume_from,
             autocast=config.full and config.dtype == "bfloat16",

@@ -35,6 +35,7 @@ from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient.collate import token_count
 from loralab.gradient.shares import BLANK, shared_loader
+from loralab.health.guard import GuardCallback
 
 
 class NonFiniteError(UserError):
@@ -177,14 +178,27 @@ class Watched(Trainer):  # type: ignore[misc]
         self._rise = callback_for(self.model)
         if self._rise is not None:
             self.add_callback(self._rise)
+        self._guards = [
+            callback
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, GuardCallback)
+        ]
+        for guard in self._guards:
+            guard.on_cost = self._not_of_the_step
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
         finally:
+            for guard in self._guards:
+                guard.close()
             if self._rise is not None:
                 # Also where it broke off: what is saved then has the strength it was trained with.
                 self._rise.schedule.finish(self.model)
+
+    def _not_of_the_step(self, seconds: float) -> None:
+        """A step's time is that of training alone."""
+        self._step_began += seconds
 
     def get_train_dataloader(self) -> Any:
         rank, world = ranks.rank(), ranks.world()

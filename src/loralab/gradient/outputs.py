@@ -11,6 +11,7 @@ from typing import Any
 from loralab import durable
 from loralab.gradient.events import OnTrainingEvent, Remark
 from loralab.gradient.loop import NonFiniteError
+from loralab.health.findings import Finding
 from loralab.run import Run
 
 
@@ -67,15 +68,29 @@ def kept_when_not_finite(model: Any, tokenizer: Any, base: str, run: Run) -> Ite
         yield
     except NonFiniteError as error:
         run.log_finding(
-            {
-                "what": "training stopped at a number that is not finite",
-                "why": str(error),
-                "advice": "adapter/ holds the weights of the step before; a lower learning rate "
-                "or a longer warm-up usually cures it",
-            }
+            not_finite(
+                error,
+                "adapter/ holds the weights of the step before; a lower learning rate or a longer "
+                "warm-up usually cures it",
+            )
         )
         save_trained(model, tokenizer, base, run)
         raise
+
+
+def not_finite(error: NonFiniteError, advice: str) -> dict[str, Any]:
+    """The finding of a training that ended in that error, as the guard would write it."""
+    finding = Finding(
+        rule="numbers.nan",
+        severity="fail",
+        step=error.step,
+        message=str(error),
+        numbers={},
+        cause="numbers.nan",
+        also=("lr.too_high", "data.all_masked"),
+        advice=advice,
+    )
+    return {"what": "training stopped at a number that is not finite", **finding.to_json()}
 
 
 def pass_on(notes: Sequence[str], run: Run, on_event: OnTrainingEvent) -> None:

@@ -36,6 +36,7 @@ from loralab.gradient.events import (
     TrainingStarted,
     ignore,
 )
+from loralab.gradient.guarded import guards
 from loralab.gradient.held_out import mean_loss, own_step, perplexity, sample
 from loralab.gradient.loop import (
     History,
@@ -48,7 +49,7 @@ from loralab.gradient.loop import (
     step_of,
     total_steps,
 )
-from loralab.gradient.outputs import rewind, save_trained
+from loralab.gradient.outputs import not_finite, rewind, save_trained
 from loralab.gradient.rows import Row
 from loralab.gradient.stream import Mixture, rows_of, shuffled, token_counts
 from loralab.gradient.tokenizer import train_tokenizer
@@ -141,6 +142,7 @@ def _pretrain(
     if not any(row.get("phase") == "before" for row in run.metrics()):
         probe.line(0, "before")
     diary = _Diary(config, run, timings, on_event, stopping, probe.scores)
+    watching = [diary, *guards(config, run, tokenizer, on_event)]
     on_event(
         TrainingStarted(
             model=f"{config.name} ({config.decoder.attention} attention)",
@@ -156,16 +158,15 @@ def _pretrain(
     try:
         with timings.phase("training"):
             history = train(
-                model, tokenizer, mixture, config, [diary], run.checkpoints, resume_from
+                model, tokenizer, mixture, config, watching, run.checkpoints, resume_from
             )
     except NonFiniteError as error:
         run.log_finding(
-            {
-                "what": "training stopped at a number that is not finite",
-                "why": str(error),
-                "advice": "model/ holds the weights of the step before; a lower learning rate or "
-                "a longer warm-up usually cures it",
-            }
+            not_finite(
+                error,
+                "model/ holds the weights of the step before; a lower learning rate or a longer "
+                "warm-up usually cures it",
+            )
         )
         save_trained(model, tokenizer, config.model, run)
         raise

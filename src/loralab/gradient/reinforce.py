@@ -24,6 +24,7 @@ from loralab.gradient.events import (
 )
 from loralab.gradient.fine_tune import FineTuned, trainable
 from loralab.gradient.grpo import COLUMNS, Group, Sampled, train_policy
+from loralab.gradient.guarded import guards
 from loralab.gradient.judge import Judge
 from loralab.gradient.live import LiveEngine
 from loralab.gradient.loop import checkpoints, quiet, step_of
@@ -117,7 +118,7 @@ def _reinforce(
             settings,
             config.grpo,
             config.seed,
-            callbacks=[diary],
+            callbacks=[diary, *guards(config, run, tokenizer, on_event)],
             output_dir=run.checkpoints,
             resume_from=resume_from,
             autocast=config.full and config.dtype == "bfloat16",

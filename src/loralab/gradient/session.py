@@ -26,6 +26,7 @@ from loralab.gradient.events import (
     TrainingStarted,
 )
 from loralab.gradient.fine_tune import FineTuned, trainable
+from loralab.gradient.guarded import guards
 from loralab.gradient.loop import (
     History,
     Watched,
@@ -149,7 +150,8 @@ def _run(
     )
     saved = (trained, parts.tokenizer, config.model, run)
     with timings.phase("training"), kept_when_not_finite(*saved):
-        history = _train(trained, parts, config, [diary], run, resume_from)
+        watching = [diary, *guards(config, run, parts.tokenizer, on_event)]
+        history = _train(trained, parts, config, watching, run, resume_from)
     pass_on(history.notes, run, on_event)
     with timings.phase("saving"):
         save_trained(*saved)

@@ -24,6 +24,7 @@ from loralab.gradient.events import (
     ignore,
 )
 from loralab.gradient.fine_tune import FineTuned, trainable
+from loralab.gradient.guarded import guards
 from loralab.gradient.loop import checkpoints, quiet, step_of, total_steps
 from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
 from loralab.gradient.rows import IGNORED
@@ -198,7 +199,7 @@ def _verify(
             settings,
             config.verifier,
             config.seed,
-            callbacks=[diary],
+            callbacks=[diary, *guards(config, run, tokenizer, on_event)],
             output_dir=run.checkpoints,
             layout=layout,
             resume_from=resume_from,

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from loralab import durable
 from loralab.report import plots, text
 from loralab.report.chart import Chart
+from loralab.report.health import finding_view, texts_by_look
 from loralab.report.pretraining import (
     pretraining_charts,
     pretraining_tiles,
@@ -179,7 +180,8 @@ def _common(
         "open_pairs": [_pair_view(pair, MOST_STEPS, unit) for pair in shown[:OPEN_EXAMPLES]],
         "more_pairs": [_pair_view(pair, MOST_STEPS // 2, unit) for pair in shown[OPEN_EXAMPLES:]],
         "left_out": len(pairs) - len(shown),
-        "findings": run.findings(),
+        "findings": [finding_view(row) for row in run.findings()],
+        "looks": texts_by_look(run.readings()),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": _flat(run.environment()),
     }

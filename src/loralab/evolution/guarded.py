@@ -1,0 +1,197 @@
+"""The guard of a search: each generation's numbers are judged, and now and then its centre's text.
+
+The centre is the mean adapter: what the search would give if it ended now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil, inf, isnan, nan, sqrt
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor
+
+from loralab.config import EvolveConfig
+from loralab.engines.base import Completion, Request, Sampling
+from loralab.errors import UserError
+from loralab.evolution.adapter_space import AdapterSpace
+from loralab.evolution.events import Notice, OnEvent
+from loralab.evolution.space import Centre, Space
+from loralab.evolution.strategy import SearchState
+from loralab.evolution.workbench import Workbench
+from loralab.health.findings import Example, Finding
+from loralab.health.ledger import Ledger
+from loralab.health.population import dominance, population_values
+from loralab.health.prompts import Prompt, as_prompts, shipped_prompts
+from loralab.health.reading import Reading
+from loralab.health.rules import judge
+from loralab.health.text import Answer, badness, statistics
+from loralab.run import Run
+
+FIRST = (0, 1, 5, 10, 25, 50)
+"""Generations before which the centre writes, beside the end."""
+PROMPTS = 12
+TOKENS = 48
+_SHOWN = 2
+_CENTRE = "guard-centre"
+
+
+class SearchGuard:
+    """Judges every generation. `guard: null` in the config makes one that does nothing."""
+
+    def __init__(
+        self, config: EvolveConfig, run: Run, bench: Workbench, space: Space, on_event: OnEvent
+    ) -> None:
+        self._wanted, self._run, self._bench = config.guard, run, bench
+        self._on_event, self._of = on_event, config.evolution.generations
+        self._ledger = Ledger(run.path if self._wanted is not None else None)
+        self._rows: list[Mapping[str, Any]] = []
+        self._readings: list[Reading] = []
+        self._standing: dict[str, set[tuple[str, str]]] = {}
+        self._base: list[Answer] = []
+        self._texts = self._wanted is not None
+        self._last, self._cost, self._spent = -1, nan, 0.0
+        self._began = perf_counter()
+        self.stopping = False
+        if self._wanted is None:
+            return
+        own = self._wanted.prompts
+        self._prompts: tuple[Prompt, ...] = (
+            shipped_prompts()[:PROMPTS] if own is None else as_prompts(own)
+        )
+        self._ratio = dominance(noise_ratios(space, bench.weights))
+
+    def resume(self, generation: int) -> None:
+        """Take up what was seen before a search goes on; of a new one forget what lies there."""
+        if self._wanted is None:
+            return
+        self._readings = self._ledger.resume(generation)
+        self._rows = [r for r in self._run.metrics() if r.get("generation", inf) < generation]
+        self._last = self._readings[-1].step if self._readings else -1
+
+    def before(self, state: SearchState) -> None:
+        """Look at the centre of a state where it is time to, before its generation runs."""
+        if self._wanted is not None and self._due(state.generation):
+            self._look(state)
+
+    def after(self, row: Mapping[str, Any]) -> None:
+        """Judge a generation by its line of metrics, and those before it."""
+        if self._wanted is None:
+            return
+        self._rows.append(row)
+        values = population_values(self._rows) | {
+            "es.dominance": self._ratio,
+            "train.step": float(row["generation"]) + 1,
+        }
+        self._judge([Reading(row["generation"], values, (), 0.0)])
+
+    def end(self, state: SearchState) -> None:
+        """The last look."""
+        if self._wanted is not None and self._last < state.generation:
+            self._look(state)
+
+    def _due(self, generation: int) -> bool:
+        assert self._wanted is not None
+        if generation <= FIRST[-1]:
+            return generation in FIRST and generation > self._last
+        every = self._wanted.every
+        if every is None:
+            done = generation - self._readings[0].step if self._readings else 0
+            training = perf_counter() - self._began - self._spent
+            # Of a search that was resumed neither is known before its first look here.
+            known = done > 0 and not isnan(self._cost)
+            every = ceil(self._cost * done / (self._wanted.budget * training)) if known else 1
+        return generation - self._last >= every
+
+    def _look(self, state: SearchState) -> None:
+        began = perf_counter()
+        try:
+            answers = self._answers(state.space.centre(state.master)) if self._texts else []
+            if answers and not self._base:
+                self._base = self._answers(Centre(None))
+        except UserError as error:
+            self._on_event(Notice(f"guard: looks at numbers alone: {error}"))
+            answers, self._texts = [], False
+        self._last = state.generation
+        if answers:
+            values = {f"text.{name}": v for name, v in statistics(answers, self._base).items()}
+            own = statistics(self._base, self._base)
+            values |= {f"base.text.{name}": value for name, value in own.items()}
+            values["train.step"] = float(state.generation)
+            seconds = perf_counter() - began
+            reading = Reading(state.generation, values, self._examples(answers), seconds)
+            self._readings.append(reading)
+            self._ledger.add(reading)
+            self._judge(self._readings)
+        self._cost = perf_counter() - began
+        self._spent += self._cost
+
+    def _judge(self, readings: Sequence[Reading]) -> None:
+        found = judge(readings)
+        # A generation's numbers say nothing of its texts, nor the other way round.
+        about = "texts" if "text.length" in readings[-1].values else "numbers"
+        known = self._standing.get(about, set())
+        fresh = [one for one in found if (one.rule, one.severity) not in known]
+        self._standing[about] = {(one.rule, one.severity) for one in found}
+        self._ledger.report(fresh)
+        for one in fresh:
+            self._announce(one)
+        assert self._wanted is not None
+        if self._wanted.action == "stop" and any(one.severity == "fail" for one in found):
+            self.stopping = True
+
+    def _announce(self, one: Finding) -> None:
+        mark = "FAIL" if one.severity == "fail" else "warn"
+        self._on_event(Notice(f"{mark} generation {one.step} {one.rule}: {one.message}"))
+        if one.severity == "fail":
+            self._on_event(Notice(f"     {one.cause}: {one.advice}"))
+
+    def _answers(self, centre: Centre) -> list[Answer]:
+        engine = self._bench.engine
+        engine.set_base(centre.change or {})
+        engine.load({} if centre.adapter is None else {_CENTRE: centre.adapter})
+        name = None if centre.adapter is None else _CENTRE
+        requests = [
+            Request(_asked(prompt), name, Sampling(max_new_tokens=TOKENS))
+            for prompt in self._prompts
+        ]
+        made = engine.generate(requests)
+        engine.load({})
+        return [_answer(p, c) for p, c in zip(self._prompts, made, strict=True)]
+
+    def _examples(self, answers: Sequence[Answer]) -> tuple[Example, ...]:
+        order = sorted(range(len(answers)), key=lambda at: -badness(answers[at]))
+        chosen = dict.fromkeys((*order[:_SHOWN], *range(min(_SHOWN, len(answers)))))
+        return tuple(
+            Example(answers[i].prompt, answers[i].text, self._base[i].text if self._base else "")
+            for i in chosen
+        )
+
+
+def noise_ratios(space: Space, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """RMS of the change that a member's noise on B makes to W over the mean |W|, by module.
+
+    dW = scaling N A with N (out, r) of variance sigma^2 has the RMS scaling sigma ||A|| / sqrt in;
+    in a search over weights sigma is the RMS itself.
+    """
+    ratios = {}
+    for name, weight in weights.items():
+        if isinstance(space, AdapterSpace):
+            a = space.start_adapter.factors[name].A.double()
+            scaling = abs(space.start_adapter.scaling)
+            change = space.sigmas[f"{name}.B"] * scaling * float(a.norm()) / sqrt(a.shape[1])
+        else:
+            change = space.sigmas[name]
+        size = float(weight.float().abs().mean())
+        ratios[name] = change / size if size > 0 else inf
+    return ratios
+
+
+def _asked(prompt: Prompt) -> Any:
+    return prompt.text if prompt.text is not None else list(prompt.messages or ())
+
+
+def _answer(prompt: Prompt, made: Completion) -> Answer:
+    ended = made.finish_reason == "stop"
+    return Answer(prompt.shown, made.text, made.tokens, ended, made.error is not None)

@@ -1,0 +1,179 @@
+"""The guard in loralab's own runs: on by default, in the run's directory and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from fake_engine import FakeEngine, make_config, workbench
+from loralab.adapters.scale import analyse
+from loralab.config import SftConfig, parse
+from loralab.errors import UserError
+from loralab.evolution import guarded
+from loralab.evolution.adapter_space import AdapterSpace, adapter_sigmas
+from loralab.evolution.events import Event, Notice
+from loralab.evolution.start import start_adapter
+from loralab.evolution.trainer import evolve
+from loralab.gradient.events import Remark, TrainingEvent
+from loralab.gradient.fine_tune import fine_tune
+from loralab.health.findings import Finding
+from loralab.health.reading import Reading
+from loralab.report import build_report
+from loralab.run import Run
+
+GUARDED = True
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("guarded")
+    tiny.model("llama").save_pretrained(path / "model")
+    tiny.tokenizer().save_pretrained(path / "model")
+    rows = [{"prompt": tiny.words(3, i), "completion": tiny.words(4, 99 + i)} for i in range(20)]
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_for(folder: Path, guard: Any = None, lr: float = 5e-3, **more: Any) -> SftConfig:
+    values: dict[str, Any] = {
+        "kind": "sft",
+        "name": "tiny",
+        "model": str(folder / "model"),
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "data": {"path": str(folder / "rows.jsonl"), "test_share": 0.2},
+        "adapter": {"rank": 4, "alpha": 8.0},
+        "training": {"steps": 6, "batch_size": 4, "lr": lr, "save_every": 3},
+        "evaluation": {"limit": 1},
+        "generation": {"max_new_tokens": 4},
+        "guard": {"prompts": [tiny.words(4, 7), tiny.words(5, 8)]} if guard is None else guard,
+        **more,
+    }
+    made = parse(values, "test")
+    assert isinstance(made, SftConfig)
+    return made
+
+
+def run_it(path: Path, config: SftConfig) -> tuple[Any, Run, list[TrainingEvent]]:
+    events: list[TrainingEvent] = []
+    values = config.to_dict()
+    fresh = not (path / "config.yaml").exists()
+    with Run.create(path, values) if fresh else Run.resume(path, values) as run:
+        return fine_tune(config, run, events.append), run, events
+
+
+def test_a_run_is_looked_at_and_its_report_shows_the_text_in_order(
+    folder: Path, tmp_path: Path
+) -> None:
+    trained, run, events = run_it(tmp_path / "run", config_for(folder))
+    assert trained.complete
+    readings = [Reading.from_json(row) for row in run.readings()]
+    assert [one.step for one in readings] == [0, 1, 5, 6]
+    assert readings[0].values["kl"] == pytest.approx(0, abs=1e-6)
+    assert readings[-1].values["kl"] > 0
+    assert readings[-1].values["loss.content"] > 0
+    said = [event.text for event in events if isinstance(event, Remark)]
+    assert any(line.startswith("guard: ") for line in said)
+    build_report(run.path)
+    page = (run.path / "report.html").read_text()
+    assert "What it wrote, look by look" in page
+    where = [page.index(f">Step {step}<") for step in (0, 1, 5, 6)]
+    assert where == sorted(where)
+    # The seconds of a step are of training alone.
+    seconds = sum(row["seconds"] for row in run.metrics() if "seconds" in row)
+    assert seconds < sum(one.seconds for one in readings)
+
+
+def test_null_switches_it_off_and_changes_no_bit(folder: Path, tmp_path: Path) -> None:
+    values = config_for(folder).to_dict() | {"guard": None}
+    off = parse(values, "test")
+    assert isinstance(off, SftConfig)
+    _, quiet, _ = run_it(tmp_path / "off", off)
+    assert not (quiet.path / "readings.jsonl").exists()
+    _, watched, _ = run_it(tmp_path / "on", config_for(folder))
+    name = "adapter/adapter_model.safetensors"
+    assert (quiet.path / name).read_bytes() == (watched.path / name).read_bytes()
+    losses = [[row.get("loss") for row in run.metrics()] for run in (quiet, watched)]
+    assert losses[0] == losses[1]
+
+
+def test_stop_ends_a_run_that_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+    guard = {"action": "stop", "prompts": [tiny.words(4, 7), tiny.words(5, 8)]}
+    trained, run, _ = run_it(tmp_path / "run", config_for(folder, guard, lr=3.0))
+    assert not trained.complete
+    found = [Finding.from_json(row) for row in run.findings() if "severity" in row]
+    assert any(one.severity == "fail" for one in found)
+    build_report(run.path)
+    page = (run.path / "report.html").read_text()
+    assert next(one.rule for one in found if one.severity == "fail") in page
+
+
+def search(path: Path, resume: bool = False, **values: Any) -> tuple[Any, Run, list[Event]]:
+    config = make_config(**values)
+    events: list[Event] = []
+    plain = config.to_dict()
+    with Run.resume(path, plain) if resume else Run.create(path, plain) as run:
+        made = workbench(FakeEngine(), torch.float32)
+        return evolve(config, run, events.append, lambda _: made), run, events
+
+
+def test_a_search_has_its_centre_asked_and_its_generations_judged(tmp_path: Path) -> None:
+    result, run, _ = search(tmp_path / "run")
+    assert result.complete
+    readings = [Reading.from_json(row) for row in run.readings()]
+    assert [one.step for one in readings] == [0, 1, 5, 10, 12]
+    assert readings[0].values["text.length"] == readings[0].values["base.text.length"]
+    assert readings[-1].values["text.length"] < readings[0].values["text.length"]
+    row = run.metrics()[0]
+    assert 0.5 < row["informative_share"] <= 1
+    assert row["distinct_share"] > 0.5
+
+
+def test_a_search_is_the_same_search_without_its_guard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, watched, _ = search(tmp_path / "on")
+    monkeypatch.setattr(guarded.SearchGuard, "before", lambda self, state: None)
+    monkeypatch.setattr(guarded.SearchGuard, "end", lambda self, state: None)
+    _, alone, _ = search(tmp_path / "off")
+    assert watched.journal_path.read_bytes() == alone.journal_path.read_bytes()
+
+
+def test_noise_that_changes_no_text_fails(tmp_path: Path) -> None:
+    scale = {"fraction": 1e-9}
+    _, run, events = search(tmp_path / "run", scale=scale)
+    found = {row["rule"]: row for row in run.findings()}
+    assert found["es.silent"]["severity"] == "fail"
+    assert found["es.silent"]["cause"] == "es.noise_too_weak"
+    assert any("es.silent" in event.text for event in events if isinstance(event, Notice))
+
+
+def test_an_outlier_that_sets_the_noise_of_its_layer_is_seen() -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = {f"layers.{at}.{kind}": (12, 10) for at in range(6) for kind in ("o", "up")}
+    weights = {name: torch.randn(shape, generator=g) * 0.02 for name, shape in shapes.items()}
+    weights["layers.3.o"] *= 60
+    ratios = {}
+    for granularity in ("module", "layer"):
+        report = analyse(weights)
+        start = start_adapter(shapes, 4, 4.0, 0, None)
+        wanted = report.perturbation(granularity, "mean", 0.1)  # type: ignore[arg-type]
+        sigmas = adapter_sigmas(start, wanted, False, "mean", 0.1)
+        space = AdapterSpace(start, sigmas, torch.float32)
+        ratios[granularity] = guarded.noise_ratios(space, weights)
+    assert set(ratios["module"]) == set(weights)
+    assert all(r == pytest.approx(0.1, rel=0.01) for r in ratios["module"].values())
+    assert guarded.dominance(ratios["module"]) < 1.1
+    assert guarded.dominance(ratios["layer"]) > 5
+
+
+def test_a_search_cannot_be_rolled_back() -> None:
+    values = make_config().to_dict() | {"guard": {"action": "rollback"}}
+    with pytest.raises(UserError, match=r"guard\.action"):
+        parse(values, "test")
