@@ -187,6 +187,16 @@ def test_a_spline_on_activations_has_no_change_of_weights_but_diagnostics() -> N
     assert values["weights.nan"] == 0.0
 
 
+def test_a_spline_behind_a_closed_gate_deviates_from_nothing() -> None:
+    model = starts.nonlinear_model("spline", gated=True)
+    splines = [m.lora_spline["default"] for m in model.modules() if hasattr(m, "lora_spline")]
+    assert bool((splines[0].values != splines[0].knots()).any())
+    assert WeightProbe().measure_model(model)["spline.deviation"] == 0.0
+    with torch.no_grad():
+        splines[0].gate.fill_(0.5)
+    assert WeightProbe().measure_model(model)["spline.deviation"] > 0.0
+
+
 @pytest.mark.parametrize("config", [LoHaConfig(r=4, target_modules=["q_proj"], init_weights=False)])
 def test_other_types_are_seen_through_their_dense_change(config: Any) -> None:
     model = get_peft_model(tiny.model("llama"), config)

@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"load": "loralab.models.load"}
+_LAZY = {"load": "loralab.models.load", "doctor": "loralab.examine"}
 """Public names that need torch: imported when first asked for."""
 
 

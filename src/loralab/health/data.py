@@ -215,6 +215,9 @@ def row_facts(
     }
     if max_length is not None:
         values["data.truncated"] = sum(cut) / max(1, len(whole))
+    if whole:
+        values["data.prompted"] = fmean(float(row.start > 1) for row in whole)
+        values["data.answer_length"] = fmean(len(row.learned) for row in whole)
     if tokens:
         values["data.newline_share"] = sum(learned[token] for token in breaks) / tokens
         values["data.top_token_share"] = (top[0][1] if top else 0) / tokens

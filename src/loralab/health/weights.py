@@ -220,7 +220,8 @@ def spectral_norm(dense: Tensor) -> float:
 def spline_values(model: nn.Module, adapter: str) -> dict[str, float]:
     """`spline.*` of LS-LoRA's functions; {} of an adapter without any.
 
-    deviation: the largest mean |v - k| of a layer, 0 is the identity. output_scale, input_scale:
+    deviation: the largest mean |v - k| of a layer, 0 is the identity; layers with a gate of 0 are
+    plain LoRA and left out. output_scale, input_scale:
     the smallest in size. reach: how far the narrowest grid goes to both sides of 0. penalty: the
     weight of the regulariser. tanh, soft, clamp: shares of the layers that have it. outside: mean
     share of inputs outside the grid, where they are being counted.
@@ -231,7 +232,7 @@ def spline_values(model: nn.Module, adapter: str) -> dict[str, float]:
         return {}
     rows, splines = list(measure_splines(found).values()), list(found.values())
     values = {
-        "spline.deviation": _largest([row["deviation"] for row in rows]),
+        "spline.deviation": _largest([row["deviation"] for row in rows if row.get("gate") != 0]),
         "spline.output_scale": min(abs(row["output_scale"]) for row in rows),
         "spline.input_scale": min(abs(row["input_scale"]) for row in rows),
         "spline.reach": min(min(-own.k_min, own.k_max) for own in splines),
@@ -270,7 +271,8 @@ def _summary(found: Mapping[str, ModuleWeights]) -> dict[str, float]:
 
 
 def _largest(column: list[float]) -> float:
-    return float("nan") if any(x != x for x in column) else max(column)
+    """0 of nothing; max() would lose a NaN."""
+    return float("nan") if any(x != x for x in column) else max(column, default=0.0)
 
 
 def _size(ratio: float) -> float:
