@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loralab import __version__, data_cli, eval_cli, ranks
+from loralab import __version__, data_cli, doctor_cli, eval_cli, ranks
 from loralab.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
-_BENCHES = ("population", "inits", "adapters", "sinks", "baselines", "sft", "dpo", "pretrain")
+_BENCHES = (
+    *("population", "inits", "adapters", "sinks", "baselines", "sft", "dpo", "pretrain"),
+    *("faults", "collapse"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     _sampling_arguments(evaluate)
     eval_cli.add(evaluate, _task_options)
 
+    doctor = add("doctor", doctor_cli.run, "is an adapter broken, why, and what to do about it")
+    doctor_cli.add(doctor, _natural)
+
     weights = add("weights", _weights, "magnitudes of a model's weights, outliers, noise scales")
     _model_arguments(weights, adapter=False)
     weights.add_argument("--fraction", type=float, default=0.1, help="of the mean |W|; default 0.1")
@@ -137,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inits = add("inits", _inits, "the initialisations there are: formula, source, cost, needs")
     inits.add_argument("--json", action="store_true")
+
+    probes = add("probes", _probes, "what can be measured of a model's health, and what that costs")
+    probes.add_argument("--json", action="store_true")
 
     tasks = add("tasks", _tasks, "the tasks there are; `tasks check NAME` proves one's grader")
     below = tasks.add_subparsers(metavar="check")
@@ -350,6 +359,21 @@ def _inits(arguments: argparse.Namespace) -> int:
         print(f"{name}\n    {row['formula']}\n    source: {row['source']}")
         print(f"    unchanged at step 0: {row['unchanged']}; on nf4 / int8: {quantized}")
         print(f"    cost: {row['cost']}; needs: {row['needs']}")
+    return 0
+
+
+def _probes(arguments: argparse.Namespace) -> int:
+    import json
+
+    from loralab.registry import PROBES
+
+    found = {name: PROBES.load(name) for name in PROBES.names()}
+    facts = {n: {"measures": probe.measures, "cost": probe.cost} for n, probe in found.items()}
+    if arguments.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return 0
+    for name, row in facts.items():
+        print(f"{name}\n    {row['measures']}\n    cost: {row['cost']}")
     return 0
 
 
