@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from loralab.config.dpo import PreferenceConfig
 from loralab.gradient.collate import LENGTHS, flatten
 from loralab.gradient.dpo import PairRow, reference_of, train_pairs
 from loralab.gradient.loop import History
-from loralab.gradient.parts import parts_of
+from loralab.gradient.parts import InParts, filled, parts_of
 from loralab.gradient.rows import IGNORED, Row
 from loralab.gradient.sft import train
 
@@ -48,9 +49,28 @@ def test_parts_are_whole_sequences_in_order(most: int, expected: list[tuple[int,
     assert all(int(part["position_ids"][0, 0]) == 0 for part in found)
 
 
+def test_a_part_is_filled_with_tokens_that_nobody_learns() -> None:
+    batch = flatten(ROWS[:3])  # 17 tokens
+    full = filled(batch, 8)
+    assert full[LENGTHS] == (5, 9, 3, 7)
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(full[name][:, :17], batch[name])
+        assert full[name].shape == (1, 24)
+    assert (full["labels"][0, 17:] == IGNORED).all()
+    assert full["position_ids"][0, 17:].tolist() == list(range(7))
+    assert filled(batch, 17) == batch
+
+
+def parts_up_to(most: int | None) -> Callable[[InParts, Any], None]:
+    def set_parts(trainer: InParts, causal: Any) -> None:
+        trainer.tokens_at_once, trainer.multiple = most, 4
+
+    return set_parts
+
+
 def trained(monkeypatch: pytest.MonkeyPatch, most: int | None) -> tuple[History, list[Any]]:
     seen: list[int] = []
-    monkeypatch.setattr("loralab.gradient.sft.tokens_at_once", lambda device: most)
+    monkeypatch.setattr("loralab.gradient.sft.set_parts", parts_up_to(most))
     base = tiny.model("llama")
     base.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -65,7 +85,7 @@ def test_training_in_parts_is_training_whole(monkeypatch: pytest.MonkeyPatch) ->
     whole, (at_once, weights) = trained(monkeypatch, None)
     cut, (by_parts, same) = trained(monkeypatch, 10)
     assert max(at_once) > 21
-    assert max(by_parts) == 21  # the one sequence that is longer than a part
+    assert max(by_parts) == 24  # the one sequence that is longer than a part, filled
     assert len(by_parts) > len(at_once)
     assert cut.losses == pytest.approx(whole.losses, abs=1e-5)
     for a, b in zip(weights, same, strict=True):
@@ -75,7 +95,7 @@ def test_training_in_parts_is_training_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 def preferred(monkeypatch: pytest.MonkeyPatch, most: int | None) -> tuple[History, list[Any]]:
     seen: list[int] = []
-    monkeypatch.setattr("loralab.gradient.dpo.tokens_at_once", lambda device: most)
+    monkeypatch.setattr("loralab.gradient.dpo.set_parts", parts_up_to(most))
     base = tiny.model("llama")
     base.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -104,5 +124,6 @@ def test_pairs_are_not_parted(monkeypatch: pytest.MonkeyPatch) -> None:
     cut, by_parts = preferred(monkeypatch, 22)
     assert len(by_parts) > len(at_once)
     assert max(by_parts) < max(at_once)
+    assert all(tokens % 4 == 0 for tokens in by_parts)
     assert cut.losses == pytest.approx(whole.losses, abs=1e-5)
     assert cut.grad_norms == pytest.approx(whole.grad_norms, rel=1e-3)

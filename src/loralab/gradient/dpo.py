@@ -37,7 +37,7 @@ from loralab.gradient.collate import flatten, pad
 from loralab.gradient.dropout import without_base_dropout
 from loralab.gradient.log_probs import LOG_PROBS, labelled_log_probs
 from loralab.gradient.loop import History, arguments, fast_lora, forward_kept, quiet
-from loralab.gradient.parts import InParts, tokens_at_once
+from loralab.gradient.parts import InParts, set_parts
 from loralab.gradient.preferences import Pair
 from loralab.gradient.rows import IGNORED, Row, RowEncoder
 
@@ -282,7 +282,7 @@ def train_pairs(
             callbacks=list(callbacks),
         )
         trainer.preferences, trainer.reference = preferences, reference
-        trainer.tokens_at_once = tokens_at_once(next(causal.parameters()).device)
+        set_parts(trainer, causal)
         trainer.remove_callback(PrinterCallback)
         if settings.fast:
             notes += stack.enter_context(fast_lora(model))

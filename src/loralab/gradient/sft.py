@@ -31,7 +31,7 @@ from loralab.gradient.loop import (
     precision_kept,
     quiet,
 )
-from loralab.gradient.parts import InParts, tokens_at_once
+from loralab.gradient.parts import InParts, set_parts
 from loralab.gradient.rows import Row, pack
 
 
@@ -105,7 +105,7 @@ def train(
             raise UserError(f"training: {' '.join(str(error).split())}") from error
         trainer.own_loss = labelled
         if labelled:  # divided by the learned tokens of the update, whatever a part has of them
-            trainer.tokens_at_once = tokens_at_once(next(causal.parameters()).device)
+            set_parts(trainer, causal)
         trainer.remove_callback(PrinterCallback)
         # It would write its tokens into the model's config, and itself into each checkpoint.
         trainer.processing_class = None
