@@ -36,7 +36,7 @@ from loralab.gradient import attention, loss
 from loralab.gradient.collate import flatten, pad
 from loralab.gradient.dropout import without_base_dropout
 from loralab.gradient.log_probs import LOG_PROBS, labelled_log_probs
-from loralab.gradient.loop import History, arguments, fast_lora, forward_kept, quiet
+from loralab.gradient.loop import History, arguments, fast_step, forward_kept, quiet
 from loralab.gradient.parts import InParts, set_parts
 from loralab.gradient.preferences import Pair
 from loralab.gradient.rows import IGNORED, Row, RowEncoder
@@ -285,7 +285,7 @@ def train_pairs(
         set_parts(trainer, causal)
         trainer.remove_callback(PrinterCallback)
         if settings.fast:
-            notes += stack.enter_context(fast_lora(model))
+            notes += stack.enter_context(fast_step(model))
         stack.enter_context(layout.running(causal))
         try:
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))

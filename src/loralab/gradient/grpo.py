@@ -39,7 +39,7 @@ from loralab.gradient.dpo import (
     to_device,
     token_owners,
 )
-from loralab.gradient.loop import History, Watched, arguments, fast_lora, forward_kept, quiet
+from loralab.gradient.loop import History, Watched, arguments, fast_step, forward_kept, quiet
 from loralab.gradient.rows import Row
 
 COLUMNS = (
@@ -133,7 +133,7 @@ def train_policy(
         trainer.per_batch = settings.batch_size * policy.group
         trainer.remove_callback(PrinterCallback)
         if settings.fast:
-            notes += stack.enter_context(fast_lora(model))
+            notes += stack.enter_context(fast_step(model))
         stack.enter_context(layout.running(causal, policy.temperature))
         try:
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))

@@ -359,7 +359,7 @@ def precision_kept(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def fast_lora(model: Any) -> Iterator[tuple[str, ...]]:
+def fast_step(model: Any) -> Iterator[tuple[str, ...]]:
     """Fused LoRA products and native layers while it trains, and what to say of those left out.
 
     A model that was patched before stays so.

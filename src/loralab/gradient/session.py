@@ -32,7 +32,7 @@ from loralab.gradient.loop import (
     Watched,
     arguments,
     checkpoints,
-    fast_lora,
+    fast_step,
     forward_kept,
     quiet,
     step_of,
@@ -195,7 +195,7 @@ def _train(
         trainer.model_accepts_loss_kwargs = True
         trainer.remove_callback(PrinterCallback)
         if config.training.fast and config.adapter is not None:
-            notes = stack.enter_context(fast_lora(model))
+            notes = stack.enter_context(fast_step(model))
         try:
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         finally:

@@ -26,7 +26,7 @@ from loralab.gradient.collate import as_record, as_row, flatten, pad
 from loralab.gradient.loop import (
     History,
     arguments,
-    fast_lora,
+    fast_step,
     forward_kept,
     precision_kept,
     quiet,
@@ -110,7 +110,7 @@ def train(
         # It would write its tokens into the model's config, and itself into each checkpoint.
         trainer.processing_class = None
         if settings.fast:
-            notes += stack.enter_context(fast_lora(model))
+            notes += stack.enter_context(fast_step(model))
         if labelled:
             stack.enter_context(loss.labelled_head(causal))
         stack.enter_context(attention.named_attention(causal, attention.NAME if flat else None))

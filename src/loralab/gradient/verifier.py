@@ -31,7 +31,7 @@ from loralab.config.verifier import HeadConfig
 from loralab.errors import UserError
 from loralab.gradient import attention
 from loralab.gradient.dpo import OWNERS, Layout, causal_of, to_device
-from loralab.gradient.loop import History, Watched, arguments, fast_lora, forward_kept, quiet
+from loralab.gradient.loop import History, Watched, arguments, fast_step, forward_kept, quiet
 from loralab.gradient.loss import labelled_loss
 from loralab.gradient.rows import IGNORED, Row
 from loralab.tasks.metrics import Estimate, mean_of
@@ -224,7 +224,7 @@ def train_verifier(
         trainer.at = config.at
         trainer.remove_callback(PrinterCallback)
         if settings.fast:
-            notes += stack.enter_context(fast_lora(model))
+            notes += stack.enter_context(fast_step(model))
         stack.enter_context(judging(causal, verifier.head, layout, config.lm_weight))
         try:
             trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
