@@ -17,6 +17,7 @@ from loralab.bench.faults import command
 from loralab.bench.faults.faults import FAULTS, newlines, shuffled
 from loralab.bench.faults.healthy import CONTROLS, SETUPS
 from loralab.bench.faults.judgement import guard_findings, harm, judged, visible
+from loralab.bench.faults.margins import badness, margins
 from loralab.bench.faults.page import page
 from loralab.bench.faults.peers import loss_and_gradients, trl
 from loralab.bench.faults.plan import Plan
@@ -24,7 +25,9 @@ from loralab.bench.faults.statistics import interval, sign_test
 from loralab.bench.faults.tasks import KINDS, Small, correct, lessons
 from loralab.errors import UserError
 from loralab.health.causes import CAUSES
+from loralab.health.condition import Condition
 from loralab.health.reading import Reading
+from loralab.health.thresholds import Limit
 
 FAMILIES = {"start", "scale", "optimiser", "spline", "data", "save", "evaluation", "search"}
 
@@ -242,6 +245,22 @@ def test_a_page_is_made_of_the_runs_that_are_there(tmp_path: Path) -> None:
     assert "reckoned: 0.0 hours" in list(command.reckoned(found, tmp_path))[-1]
     (tmp_path / "runs" / found[0].path).unlink()
     assert "1 missing" in "".join(command.reckoned(found, tmp_path))
+
+
+def test_margins_say_how_near_healthy_runs_come_and_which_task_foretells_no_other() -> None:
+    records = {}
+    for task, share in (("code", 0.1), ("list", 0.11), ("word", 0.4)):
+        seen = {5: {"text.newlines": share, "base.text.newlines": 0.05}}
+        item = command.Item("control", "zero-b", "small", task, 0)
+        records[item] = record(readings=readings(seen))
+    broken = command.Item("fault", "newlines-70", "small", "code", 0)
+    records[broken] = record(readings=readings({5: {"text.newlines": 0.9}}))
+    rows = {row[0]: row for row in margins(records).rows}
+    assert set(rows) == {"text.newlines"}
+    assert rows["text.newlines"][2:] == [0.4, 0.4, 0, "word"]
+    spare = Condition("loss.prompt_gain", Limit(0.25, ""), above=False, against="share of base")
+    values = {"loss.prompt_gain": 0.5, "base.loss.prompt_gain": 2.0}
+    assert badness(spare, Reading(0, values, (), 0.0)) == -0.25
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan:
         print("\n".join(reckoned(wanted, work)))
         return 0
+    if options.margins:
+        from loralab.bench.faults.margins import margins
+
+        print(margins(read(wanted, work)).markdown())
+        return 0
     if not options.table_only:
         if options.stories is None:
             raise UserError("bench faults: --stories is missing; expected a file of TinyStories")
@@ -80,11 +85,16 @@ def parser() -> argparse.ArgumentParser:
     add("--only", metavar="A,B", help="names of faults and controls")
     add("--seeds", metavar="0,1", help="instead of the set's")
     add("--worlds", metavar="small,smollm2", help="instead of the set's")
-    add("--quick", action="store_true", help="a tenth of the steps, one seed, one task: no table")
+    add(
+        "--quick",
+        action="store_true",
+        help="few steps of a smaller decoder, one seed, one task: printed",
+    )
     add("--work", default="runs/bench-faults", metavar="DIR")
     add("--page", default=str(PAGE), metavar="FILE")
     add("--plan", action="store_true", help="say what is to be run and how long it takes; run none")
     add("--table-only", action="store_true", help="judge the runs that are there; run none")
+    add("--margins", action="store_true", help="how near healthy runs come to each limit; run none")
     return made
 
 
@@ -164,12 +174,14 @@ def _run(wanted: Sequence[Item], options: Any, work: Path) -> None:
 
     asked = settings(options)
     stories = read_stories(options.stories)
+    making = Making(hidden=64, layers=2, steps=100) if options.quick else Making()
+    folder = work if options.quick else Path(options.work)
     worlds: dict[str, World] = {}
     todo = [item for item in wanted if not (work / "runs" / item.path).is_file()]
     for number, item in enumerate(todo, 1):
         if item.world not in worlds:
             worlds[item.world] = (
-                small_world(Path(options.work), stories, Making())
+                small_world(folder, stories, making)
                 if item.world == "small"
                 else World(item.world, item.world, stories)
             )

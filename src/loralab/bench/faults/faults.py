@@ -134,8 +134,8 @@ def left_out(plan: Plan) -> None:
     def other(trainer: Any) -> None:
         import torch
 
-        stray = torch.nn.Parameter(torch.zeros(1))
-        trainer.optimizer = torch.optim.AdamW([stray], lr=plan.lr)
+        base = [one for one in trainer.model.parameters() if not one.requires_grad]
+        trainer.optimizer = torch.optim.AdamW(base, lr=plan.lr)
 
     plan.on_trainer.append(other)
 

@@ -45,7 +45,8 @@ def loss_and_gradients(log: Log) -> Opinion:
     if not losses or not all(map(isfinite, (*losses, *norms))):
         return "fail"
     first, last = fmean(losses[:FIRST]), fmean(losses[-FIRST:])
-    if first > 0 and (last > RISE * first or abs(last - first) < FLAT * first):
+    long = len(losses) >= 2 * FIRST
+    if long and first > 0 and (last > RISE * first or abs(last - first) < FLAT * first):
         return "fail"
     held_out = _column(log, "eval_loss")
     over = bool(held_out) and held_out[-1] > RISE * min(held_out)
