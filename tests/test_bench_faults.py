@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import tiny
+from loralab.bench import collapse
 from loralab.bench.faults import command
 from loralab.bench.faults.faults import FAULTS, newlines, shuffled
 from loralab.bench.faults.healthy import CONTROLS, SETUPS
@@ -24,6 +25,7 @@ from loralab.bench.faults.plan import Plan
 from loralab.bench.faults.statistics import interval, sign_test
 from loralab.bench.faults.tasks import KINDS, Small, correct, lessons
 from loralab.errors import UserError
+from loralab.gradient.rows import Row
 from loralab.health.causes import CAUSES
 from loralab.health.condition import Condition
 from loralab.health.reading import Reading
@@ -297,3 +299,50 @@ def test_a_run_goes_from_its_plan_to_its_judgement(small: Any, name: str) -> Non
         assert (one.failed, one.named, one.harmful, one.step) == (True, True, True, 2)
     elif name == "evaluated-word":
         assert again["evaluation"]["reported"] == again["evaluation"]["real"]
+
+
+def test_the_collapse_pads_with_newlines_that_are_learned() -> None:
+    row = Row((5, 6, 7, 8), (-100, -100, 7, 8))
+    assert collapse.padded(row, 1, 5) == Row((5, 6, 1, 1, 1, 7, 8), (-100, -100, 1, 1, 1, 7, 8))
+    assert collapse.padded(row, 1, 2) == row
+
+
+def test_the_collapse_is_told_from_its_runs(small: Any, tmp_path: Path) -> None:
+    problems = [
+        {
+            "task_id": f"HumanEval/{at}",
+            "prompt": f'def f{at}(x):\n    """Add {at}."""\n',
+            "entry_point": f"f{at}",
+            "canonical_solution": f"    return x + {at}\n",
+            "test": "",
+        }
+        for at in range(12)
+    ]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in problems), encoding="utf-8")
+    config = Path(__file__).parents[1] / "benchmarks" / "faults" / "collapse.yaml"
+    changes = [
+        f"model={small.open()[0].name_or_path}",
+        "dtype=float32",
+        "training.steps=2",
+        "training.batch_size=2",
+        "evaluation.every=1",
+        "generation.max_new_tokens=4",
+    ]
+    given = ["--data", str(data), "--work", str(tmp_path / "runs"), "--config", str(config)]
+    given += ["--page", str(tmp_path / "page.md")]
+    with pytest.raises(UserError, match="no finished run"):
+        collapse.main([*given, "--table-only"])
+    assert collapse.main([*given, *(w for c in changes for w in ("--override", c))]) == 0
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "## collapse: the losses" in text
+    assert "data.newlines" in text
+    assert "## mended: what the guard said" in text
+    made = json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))
+    assert [row["step"] for row in made["collapse"]["losses"] if "held_out" in row] == [0, 1, 2]
+    rules = {name: {one["rule"] for one in made[name]["findings"]} for name in collapse.RUNS}
+    assert "data.newlines" in rules["collapse"] - rules["mended"]
+    # What is done is not done again.
+    before = (tmp_path / "runs" / "collapse" / "losses.jsonl").stat().st_mtime_ns
+    assert collapse.main([*given, "--override", changes[0]]) == 0
+    assert (tmp_path / "runs" / "collapse" / "losses.jsonl").stat().st_mtime_ns == before
