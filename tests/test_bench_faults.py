@@ -220,6 +220,9 @@ def test_a_set_is_every_fault_with_what_it_is_set_beside(tmp_path: Path) -> None
             mine = [i for i in found if (i.kind, i.name, i.seed) == ("fault", one.name, seed)]
             assert len(mine) == 1, one.name
             assert replace(mine[0], kind="healthy", name=one.setup) in found
+    # A search answers in one word, whatever task is asked for.
+    assert {i.task for i in found if i.name in ("search", "noise-d20")} == {"word"}
+    assert {i.task for i in found if i.name == "shuffled"} == {"code", "word"}
     few, _ = items(tmp_path, "--only", "shuffled,zero-b", "--seeds", "7")
     assert [(i.kind, i.name, i.seed) for i in few] == [
         ("healthy", "lora", 7), ("fault", "shuffled", 7), ("control", "zero-b", 7)
@@ -229,10 +232,10 @@ def test_a_set_is_every_fault_with_what_it_is_set_beside(tmp_path: Path) -> None
 
 
 def test_a_page_is_made_of_the_runs_that_are_there(tmp_path: Path) -> None:
-    found, _ = items(tmp_path, "--only", "left-out,zero-b", "--seeds", "0")
+    found, _ = items(tmp_path, "--only", "left-out,spline-tanh,zero-b", "--seeds", "0")
     for item in found:
         made = record()
-        if item.kind == "fault":
+        if item.name == "left-out":
             made = worse(score=0.0, right=[False] * 10)
             made["readings"] = readings({0: {"setup.left_out": 1.0}})
         place = tmp_path / "runs" / item.path
@@ -241,9 +244,10 @@ def test_a_page_is_made_of_the_runs_that_are_there(tmp_path: Path) -> None:
     table = page(command.read(found, tmp_path), "`it`", "development")
     text = table.markdown()
     assert "| harmful faults that FAIL | 1 | 1 | 1 | 0.025 | 1 | 0.95 |" in text
-    assert "| healthy runs that FAIL | 0 | 2 | 0 | 0 | 0.842 | 0 |" in text
+    assert "| healthy runs that FAIL | 0 | 3 | 0 | 0 | 0.708 | 0 |" in text
+    assert "| benign faults that FAIL | 0 | 1 | 0 | 0 | 0.975 | - |" in text
     assert "| left-out |" in text
-    assert len(table.data["runs"]) == 3
+    assert len(table.data["runs"]) == 5
     assert "reckoned: 0.0 hours" in list(command.reckoned(found, tmp_path))[-1]
     (tmp_path / "runs" / found[0].path).unlink()
     assert "1 missing" in "".join(command.reckoned(found, tmp_path))
