@@ -240,7 +240,12 @@ def test_rollback_goes_back_once_and_stops_the_second_time(tmp_path: Path) -> No
     assert sum("went back" in line for line in told) == 2
 
 
-def test_garbled_text_fails_and_rollback_returns_to_readable(tmp_path: Path) -> None:
+def test_garbled_text_fails_and_rollback_returns_to_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        guard_module, "TOKENS", 10
+    )  # of fewer than 8 the base's opinion is not asked
     model = adapted()
     guard = GuardCallback(PROMPTS, "rollback")
     made = trainer(tmp_path, model, guard, steps=60, learning_rate=2.0)

@@ -60,7 +60,7 @@ def test_listing_tasks_imports_no_task_and_nothing_heavy() -> None:
         ("countdown", {"sizes": [9]}, ["sizes is [9]"]),
         ("countdown", {"max_number": 0}, ["max_number is 0"]),
         ("countdown", {"test_path": "x.json"}, ["test_path needs path"]),
-        ("conciseness", {"examples": 3}, ["'conciseness' has no option 'examples'", "none"]),
+        ("conciseness", {"examples": 3}, ["'conciseness' has no option 'examples'", "path"]),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(
