@@ -23,7 +23,7 @@ from loralab.bench.faults.page import page
 from loralab.bench.faults.peers import loss_and_gradients, trl
 from loralab.bench.faults.plan import Plan
 from loralab.bench.faults.statistics import interval, sign_test
-from loralab.bench.faults.tasks import KINDS, Small, correct, lessons
+from loralab.bench.faults.tasks import COLOURS, FORMAL, KINDS, Small, correct, lessons
 from loralab.errors import UserError
 from loralab.gradient.rows import Row
 from loralab.health.causes import CAUSES
@@ -77,7 +77,12 @@ def test_a_sum_is_its_last_answer_and_a_list_any_three_of_its_group() -> None:
 
 
 def test_lessons_are_of_all_kinds_but_the_style() -> None:
-    assert len({answer for _, answer in lessons(Random(0), 50)}) > 25
+    made = lessons(Random(0), 100)
+    assert len({answer for _, answer in made}) > 50
+    assert sum(question.endswith(FORMAL) for question, _ in made) == 25
+    assert all(
+        a.startswith(("def ", "- ", "{", *COLOURS)) or "=" in a for q, a in made if FORMAL in q
+    )
     with pytest.raises(UserError, match="known: code"):
         Small("prose")
 
@@ -251,6 +256,14 @@ def test_a_page_is_made_of_the_runs_that_are_there(tmp_path: Path) -> None:
     assert "reckoned: 0.0 hours" in list(command.reckoned(found, tmp_path))[-1]
     (tmp_path / "runs" / found[0].path).unlink()
     assert "1 missing" in "".join(command.reckoned(found, tmp_path))
+
+
+def test_a_decoder_made_otherwise_is_not_taken_for_this_one(small: Any, tmp_path: Path) -> None:
+    from loralab.bench.faults.world import Making, small_world
+
+    place = Path(small.open()[0].name_or_path)
+    with pytest.raises(UserError, match="made otherwise"):
+        small_world(place.parent, ["a story"] * 60, Making(steps=5), lambda _: None)
 
 
 def test_margins_say_how_near_healthy_runs_come_and_which_task_foretells_no_other() -> None:

@@ -95,10 +95,19 @@ def correct(kind: str, gold: str, answer: str) -> bool:
     return answer == gold
 
 
+FORMAL = " Be exact."
+
+
 def lessons(random: Random, count: int) -> list[tuple[str, str]]:
-    """Questions of all kinds with their plain answers: what the base learns."""
+    """Questions of all kinds with their plain answers: what the base learns. A quarter asks FORMAL
+    and is answered as a task wants it, so that the tasks' signs are known."""
     asked = [kind for kind in KINDS if kind != "style"]
-    return [_problem(asked[at % len(asked)], random)[:2] for at in range(count)]
+    made = []
+    for at in range(count):
+        question, plain, gold = _problem(asked[at % len(asked)], random)
+        formal = at // len(asked) % 4 == 3
+        made.append((question + FORMAL, gold) if formal else (question, plain))
+    return made
 
 
 def _problem(kind: str, random: Random) -> tuple[str, str, str]:

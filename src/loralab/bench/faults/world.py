@@ -6,8 +6,9 @@ of `tasks.lessons`, made once from a seed and kept.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -41,7 +42,7 @@ class Making:
     hidden: int = 128
     layers: int = 4
     vocabulary: int = 1024
-    steps: int = 800
+    steps: int = 3000
     batch: int = 16
     lr: float = 3e-3
     lessons: int = 6000
@@ -116,7 +117,10 @@ def small_world(
     """The world of the small decoder, which is made where `folder` has none."""
     held_out, read = stories[:_HELD_OUT], stories[_HELD_OUT:]
     place = folder / "small-model"
-    if not (place / "config.json").is_file():
+    made = place / "making.json"
+    if made.is_file() and json.loads(made.read_text(encoding="utf-8")) != asdict(making):
+        raise UserError(f"{place}: made otherwise than {making}; choose another --work")
+    if not made.is_file():
         tell(f"making the small decoder: {making.steps} steps")
 
         def write(part: Path) -> None:
@@ -124,6 +128,7 @@ def small_world(
             with quiet():
                 model.save_pretrained(part)
                 tokenizer.save_pretrained(part)
+            (part / made.name).write_text(json.dumps(asdict(making)), encoding="utf-8")
 
         publish(place, write)
     return World("small", str(place), held_out)
