@@ -90,6 +90,7 @@ def test_fp32_rows_generate_the_same_text(tokenizer: Any) -> None:
     assert "| PEFT, one mixed batch |" in table.markdown()
 
 
+@pytest.mark.slow
 def test_bf16_rows_generate_equally_many_tokens(tokenizer: Any) -> None:
     model = tiny_llama(tokenizer, torch.bfloat16)
     chosen = options(workloads=("long", "unshared"))

@@ -145,6 +145,7 @@ def test_ways_to_fine_tune_see_the_same_rows_and_learn_alike(tmp_path: Path, lla
     assert max(losses) - min(losses) > 1e-2  # it trains
 
 
+@pytest.mark.slow
 def test_ways_of_preference_optimisation_agree(tmp_path: Path, llama: str) -> None:
     work = work_on(tmp_path, llama, pairs())
     ways = {
@@ -167,6 +168,7 @@ def test_ways_of_preference_optimisation_agree(tmp_path: Path, llama: str) -> No
     assert abs(said["trl"][1]["losses"][1] - math.log(2)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("borders", [False, True])
 def test_ways_to_pretrain_see_the_same_rows(tmp_path: Path, decoder: str, borders: bool) -> None:
     work = work_on(tmp_path, decoder, stories(borders))

@@ -405,6 +405,7 @@ def test_inputs_that_can_be_made_again_are_not_kept(
         assert large - small > 0.99 * 4 * tokens * (layers * (2 * 128 + 96) - 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["-march=x86-64-v3", "-march=x86-64"])
 def test_kernels_for_lesser_processors_agree(flag: str, tmp_path: Path) -> None:
     if "x86" not in build.platform.machine():

@@ -231,6 +231,7 @@ def test_argmax_takes_the_first_of_equals_and_logits_agree() -> None:
         assert best == int((row == row.max()).nonzero()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["-march=x86-64", "-march=x86-64-v3", "-march=x86-64-v4"])
 def test_kernels_for_lesser_processors_agree(flag: str, tmp_path: Path) -> None:
     if "x86-64-v4" in flag and "avx512bw" not in build._processor():

@@ -32,7 +32,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "seed"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 3)])
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("SIGKILL", 1),
+        pytest.param("SIGKILL", 2, marks=pytest.mark.slow),
+        ("SIGTERM", 3),
+    ],
+)
 def test_a_killed_run_ends_in_the_same_bits(
     tmp_path: Path, undisturbed: Path, name: str, seed: int
 ) -> None:
