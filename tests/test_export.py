@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import tiny
-from loralab import cli
+from loralab import cli, examine
 from loralab.adapters import LSLoraConfig, SineLoraConfig
 from loralab.adapters.delta import low_rank_delta, tuned_delta
 from loralab.adapters.interop.merged import merge
@@ -481,3 +481,18 @@ def test_the_command_reports(base: str, plain: Path, tmp_path: Path, capsys: Any
     assert lines[0] == "read: PEFT LoRA, 14 modules, rank 4, scaling 1.5, float32"
     assert lines[-1] == f"wrote {made}"
     assert any(line.startswith("lost:") for line in lines)
+
+
+def test_the_command_has_the_doctor_look_at_what_was_approximated(
+    model: Any, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nonlinear(model, copy.deepcopy(SINE), tmp_path / "adapter")
+    words = ["export", str(tmp_path / "adapter"), "--base", base, "--to", "peft"]
+    with pytest.MonkeyPatch.context() as patch:
+        looked: list[tuple[Any, ...]] = []
+        patch.setattr(examine, "doctor", lambda *given: looked.append(given) or "SOUND")
+        assert cli.main([*words, "--output", str(tmp_path / "made"), "--approximate"]) == 0
+    assert looked == [(str(tmp_path / "made"), base)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "SOUND"
+    assert any(line.startswith("approximated: KL") for line in lines)

@@ -280,6 +280,10 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.without_sinks,
     )
     print("\n".join(made.lines))
+    if arguments.to != "gguf" and any(line.startswith("approximated") for line in made.lines):
+        from loralab import examine
+
+        print(examine.doctor(arguments.output, arguments.base))
     return 0
 
 
