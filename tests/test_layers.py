@@ -151,6 +151,8 @@ def test_cross_entropy_of_what_is_not_finite_is_not_finite_and_labels_are_checke
     losses, _ = cross_entropy(logits.clone(), torch.tensor([1, 1]), slopes=False)
     assert losses[0].isnan()
     assert losses[1].isfinite()
+    narrow, _ = cross_entropy(logits.clone(), torch.tensor([1, 2], dtype=torch.int32), slopes=False)
+    assert narrow[1] == cross_entropy(logits.clone(), torch.tensor([1, 2]), slopes=False)[0][1]
     for wrong in (-1, 40):
         with pytest.raises(IndexError, match="outside the vocabulary of 40"):
             cross_entropy(draw(1, 40), torch.tensor([wrong]), slopes=True)
@@ -202,6 +204,27 @@ def test_attention_is_as_near_to_fp32_as_pytorchs(width: int) -> None:
     for found, plain, value in zip(ours, stock, exact, strict=True):
         assert off(found, value) < 1.05 * off(plain, value)
         assert off(found, value) < 6e-3
+
+
+def test_attention_reads_nothing_beyond_its_inputs() -> None:
+    kernel = native_attention.kernel()
+    assert kernel is not None
+    q, k, v = (t.bfloat16() for t in heads(32, (5, 7)))
+    for keys, lengths in ((k, (5, 8)), (k[:-1], (5, 7))):
+        with pytest.raises(ValueError, match="sequences of"):
+            kernel.forward(q, keys, v, 0.3, lengths)
+
+
+def test_positions_over_a_part_of_the_head_go_to_the_class() -> None:
+    model = causal("llama", torch.bfloat16).eval()
+    ids = torch.arange(12)[None]
+    layer = model.model.layers[0].self_attn
+    x = draw(1, 12, 128).bfloat16()
+    cos, sin = (t[..., :16] for t in angles(torch.arange(12)[None], 32, 1e4))
+    with named_attention(model, NAME), fused_layers(model):
+        model(input_ids=ids, sequence_lengths=(12,))
+        with pytest.raises(RuntimeError, match="size of tensor"):  # Llama's own word for it
+            layer(x, (cos, sin), None, sequence_lengths=(12,))
 
 
 def test_a_sequence_attends_to_itself_alone() -> None:

@@ -138,7 +138,9 @@ def _attention(
 ) -> Any:
     window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
     lengths = _lengths(self, kwargs, past_key_values, window)
-    if position_embeddings is None or lengths is None:
+    # Rotary positions over a part of the head alone are the class's own affair.
+    whole = position_embeddings is not None and position_embeddings[0].shape[-1] == self.head_dim
+    if position_embeddings is None or not whole or lengths is None:
         return type(self).forward(
             self,
             hidden_states=hidden_states,

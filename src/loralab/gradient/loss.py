@@ -164,7 +164,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, slopes: bool) -> tuple[Tensor
     if wanted() and native is not None and takes(logits):
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
             raise IndexError(f"a label is outside the vocabulary of {logits.shape[1]}")
-        losses = native.cross_entropy(logits, targets.contiguous(), slopes)
+        losses = native.cross_entropy(logits, targets.to(torch.int64).contiguous(), slopes)
         return losses, logits if slopes else None
     log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
     losses = -log_p.gather(1, targets[:, None])[:, 0]

@@ -64,7 +64,16 @@ class AttentionKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """The output, like q, and the logarithms of the sums, (tokens, heads) float32."""
+        """The output, like q, and the logarithms of the sums, (tokens, heads) float32.
+
+        Raises:
+            ValueError: sizes that do not fit together, which the kernel would read beyond.
+        """
+        if sum(lengths) != len(q) or k.shape != v.shape or len(k) != len(q):
+            raise ValueError(
+                f"sequences of {sum(lengths)} tokens, {len(q)} queries, {tuple(k.shape)} keys and "
+                f"{tuple(v.shape)} values"
+            )
         out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
         shape, sequences = _described(q, k, scale), _sequences(lengths)
         at = [t.data_ptr() for t in (q, k, v, out, sums)]
