@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import tiny
 from loralab.adapters import initialize
@@ -29,14 +28,7 @@ MOVED = ("random", "tiny", "orthogonal_negative", "output_match", "svd_delta", "
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of widths that bitsandbytes' CPU kernels take."""
     path = tmp_path_factory.mktemp("starts")
-    config = tiny.CONFIGS["llama"]()
-    config.intermediate_size = 128
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
+    tiny.save_quantisable(path)
     return path
 
 

@@ -324,17 +324,9 @@ def test_a_nonlinear_adapter_is_evaluated_as_it_is(model: str, tmp_path: Path) -
 def test_a_run_on_a_quantised_base_is_evaluated_on_that(bits: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from peft import PeftModel
-    from transformers import LlamaForCausalLM
 
-    config = tiny.CONFIGS["llama"]()
-    config.intermediate_size = 128  # widths that bitsandbytes' CPU kernels take
-    torch.manual_seed(0)
-    whole = LlamaForCausalLM(config)
-    for parameter in whole.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
     model = str(tmp_path / "model")
-    whole.save_pretrained(model)
-    tiny.tokenizer().save_pretrained(model)
+    whole = tiny.save_quantisable(tmp_path / "model", noise=0.2)
     run = a_run(tmp_path / "run", model=model, quantization=bits)
     tiny.adapter(whole, 3, size=1.0).save(run / "adapter")
     engine, name = engine_of(subject_of(str(run), device="cpu"))

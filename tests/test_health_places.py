@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
@@ -143,15 +142,7 @@ def test_a_whole_model_in_training_is_compared_with_its_start() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model on disk, of widths that bitsandbytes' CPU kernels take."""
     path = tmp_path_factory.mktemp("model")
-    config = tiny.CONFIGS["llama"]()
-    config.intermediate_size = 128
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
+    tiny.save_quantisable(path)
     return path
 
 

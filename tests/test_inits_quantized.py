@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 
 import tiny
@@ -28,14 +27,7 @@ from starts import (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model on disk, of widths that bitsandbytes' CPU kernels take."""
     path = tmp_path_factory.mktemp("model")
-    config = tiny.CONFIGS["llama"]()
-    config.intermediate_size = 128
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(path)
-    tiny.tokenizer().save_pretrained(path)
+    tiny.save_quantisable(path)
     return path
 
 

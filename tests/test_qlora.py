@@ -28,13 +28,7 @@ BITS = ("nf4", "int8")
 @pytest.fixture(scope="module")
 def folder(rows_folder: Path) -> Path:
     """Rows, and a model of widths that bitsandbytes' CPU kernels take."""
-    config = tiny.CONFIGS["llama"]()
-    config.intermediate_size = 128
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(rows_folder / "model")
+    tiny.save_quantisable(rows_folder / "model")
     return rows_folder
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 import test_dpo
 import test_grpo
@@ -36,13 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = test_dpo.hh_folder(tmp_path_factory.mktemp("qlora"))
     rows = [{"prompt": tiny.words(3, i), "completion": "bc"} for i in range(20)]
     (path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    config = tiny.CONFIGS["llama"]()
-    config.intermediate_size = 128
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(path / "model")
+    tiny.save_quantisable(path / "model")
     return path
 
 

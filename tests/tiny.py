@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: tf.MistralConfig(**_SHAPE, sliding_window=WINDOW),
     "olmo2": lambda: tf.Olmo2Config(**_SHAPE),
 }
+
+
+def save_quantisable(path: Path, noise: float = 0.1) -> Any:
+    """A Llama on disk, of widths that bitsandbytes' CPU kernels take; returns it too."""
+    config = CONFIGS["llama"]()
+    config.intermediate_size = 128
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = tf.LlamaForCausalLM(config)
+        for parameter in made.parameters():
+            parameter.data += noise * torch.randn_like(parameter)
+    made.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return made
 
 
 def model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
