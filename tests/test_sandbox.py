@@ -344,6 +344,7 @@ def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         starter.kill()
         starter.wait()
     _wait(lambda: not _left_behind())
+    assert not _left_behind()
 
 
 def _left_behind() -> list[str]:

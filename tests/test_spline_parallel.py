@@ -80,6 +80,7 @@ def work(rank: int, kind: str, adapter: str, store: str) -> None:
     else:
         check(model, alone, made(adapter))
     dist.destroy_process_group()
+    Path(f"{store.removeprefix('file://')}-{rank}-agrees").touch()
 
 
 def trained(model: Any) -> list[Tensor]:
@@ -105,3 +106,4 @@ def check(model: Any, alone: Any, fresh: Any) -> None:
 def test_two_processes_train_as_one(kind: str, adapter: str, tmp_path: Path) -> None:
     store = f"file://{tmp_path / 'store'}"
     multiprocessing.spawn(work, (kind, adapter, store), nprocs=RANKS)
+    assert len(list(tmp_path.glob("*-agrees"))) == RANKS
