@@ -2,7 +2,7 @@
 
 The reward is 1 for the right number and 0 otherwise. The number read is the one behind the last
 "####", as the gold solutions write it, else the last number in the text. "$1,234.50", "72.",
-"72.0" and "50%" are read as the numbers they are.
+"72.0" and "50%" are read as the numbers they are; "3-4" ends in 4, and "- 18" is 18 in a list.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ INSTRUCTIONS = (
 )
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
-_NUMBER = re.compile(r"[-−]?\s?\$?\s?(?:[0-9][0-9,]{0,60}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})")
+# A hyphen behind a digit or a word is a range or a subtraction, one before a space begins a line.
+_NUMBER = re.compile(
+    r"(?:(?<![\w%)])[-−]\$?)?(?:[0-9][0-9,]{0,60}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})"
+)
 _AGAIN = re.compile(r"\n\s*(?:Question|Problem):")
 _LONGEST = 20_000
 """Characters of a completion that are read, from its end."""

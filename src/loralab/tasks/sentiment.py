@@ -84,7 +84,8 @@ class Sentiment(FewShot):
 
     def _predicted(self, example: Example, completion: str) -> int | None:
         # A copied prompt names classes before the sentence, which may name one itself.
-        own = completion[:_LONGEST].rpartition(self.text(example))[2]
+        copied = rf"Review: {re.escape(self.text(example))}(?!\w)"
+        own = re.split(copied, completion[:_LONGEST])[-1]
         lines = _AGAIN.split(own, maxsplit=1)[0].lower().split("\n")
         lines = [line for line in lines if line.strip()]
         for number, line in enumerate(lines):
