@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loralab.config import GenerationConfig
 from loralab.engines.base import Engine, Progress
 from loralab.errors import UserError
-from loralab.rollouts import Batch, Rollout, share_correct
+from loralab.rollouts import Batch, Rollout, completion_row, share_correct
 from loralab.run import Run
-from loralab.subject import Subject, subject_of
+from loralab.subject import Opened, Subject, subject_of
 from loralab.tasks.base import Example, Measured, Split, Task
 from loralab.tasks.metrics import Estimate, bootstrap, mean_of, passes, share_of
 
@@ -79,7 +79,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, the completions included."""
-        return {**self.numbers(), "completions": completion_rows(self.rollouts, self.samples)}
+        return {**self.numbers(), "completions": _rows(self.rollouts, self.samples)}
 
 
 def evaluate(
@@ -145,7 +145,7 @@ def evaluate_into(
         golds = (task.gold(rollout.example) for rollout in rollouts)
         run.log_completions(
             {"shots": shots, **row, "gold": gold}
-            for row, gold in zip(completion_rows(rollouts, samples), golds, strict=True)
+            for row, gold in zip(_rows(rollouts, samples), golds, strict=True)
         )
 
     began = time.perf_counter()
@@ -154,21 +154,8 @@ def evaluate_into(
     return result
 
 
-def completion_rows(rollouts: Sequence[Rollout], samples: int = 1) -> list[dict[str, Any]]:
-    """Lines of JSON, one a completion: what was asked and answered, its score, and its error."""
-    return [
-        {
-            "example": r.example.id,
-            "sample": number % samples,
-            "prompt": r.prompt if isinstance(r.prompt, str) else list(r.prompt),
-            "completion": r.text,
-            "reward": r.score.reward,
-            "correct": r.score.correct,
-            "parts": dict(r.score.parts),
-            "failed": r.failed,
-        }
-        for number, r in enumerate(rollouts)
-    ]
+def _rows(rollouts: Sequence[Rollout], samples: int) -> list[dict[str, Any]]:
+    return [{"sample": n % samples, **completion_row(r)} for n, r in enumerate(rollouts)]
 
 
 def metrics_of(task: Task, rollouts: Sequence[Rollout]) -> Mapping[str, float]:
@@ -211,11 +198,6 @@ def wanted(
     return examples
 
 
-def _parts(task: Task, rollout: Rollout) -> Mapping[str, float]:
-    """A failure's are those of an empty answer, as in `metrics_of`."""
-    return task.score(rollout.example, "").parts if rollout.failed else rollout.score.parts
-
-
 def _key(seed: int, sample: int) -> str:
     return str(seed) if sample == 0 else f"{seed}|{sample}"
 
@@ -245,7 +227,7 @@ def _scores(
     scores |= {f"pass@{one}": passes(judged, one) for one in k}
     if not metrics or not isinstance(task, Measured):
         return scores
-    parts = [[_parts(task, r) for r in group] for group in problems]
+    parts = [[r.score.parts for r in group] for group in problems]
     if all(metrics.keys() <= one.keys() for group in parts for one in group):
         # Means of what each completion scored: there is nothing to measure again.
         return scores | {
@@ -286,17 +268,22 @@ def engine_of(subject: Subject, threads: int | None = None) -> tuple[Engine, str
     Raises:
         UserError: as `Subject.open`.
     """
+    return engine_over(subject.open(), subject.adapter or "", threads)
+
+
+def engine_over(
+    opened: Opened, adapter: str, threads: int | None = None
+) -> tuple[Engine, str | None]:
+    """As `engine_of`, over a subject in memory. adapter: the name for one beside the model."""
     from loralab.engines.batched import BatchedEngine
 
-    opened = subject.open()
-    if opened.changed:
-        # The native engine has its own copy of the base and knows of no adapter in it.
-        return BatchedEngine(opened.model, opened.tokenizer, "torch", threads=threads), None
-    engine = BatchedEngine(opened.model, opened.tokenizer, threads=threads)
-    if opened.state is None or subject.adapter is None:
+    # The native engine has its own copy of the base and knows of no adapter in it.
+    backend: Literal["auto", "torch"] = "torch" if opened.changed else "auto"
+    engine = BatchedEngine(opened.model, opened.tokenizer, backend, threads=threads)
+    if opened.state is None:
         return engine, None
-    engine.load({subject.adapter: opened.state})
-    return engine, subject.adapter
+    engine.load({adapter: opened.state})
+    return engine, adapter
 
 
 def open_engine(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from math import isfinite
 from typing import Any
@@ -15,7 +15,8 @@ from loralab.tasks.base import Example, Prompt, Score, Split, Task
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion, judged. failed: it could not be generated or scored."""
+    """One completion, judged. failed: it could not be generated or scored, and counts as an empty
+    answer at the task's reward floor."""
 
     example: Example
     prompt: Prompt
@@ -71,19 +72,28 @@ class Batch:
 
 def judge(task: Task, example: Example, completion: Completion) -> Rollout:
     """Score one completion; what cannot be generated or scored gets the task's reward floor."""
-    failed = completion.error if completion.finish_reason == "error" else None
-    score = Score(task.reward_floor, correct=False)
-    if failed is None:
-        try:
-            judged = task.score(example, completion.text)
-            if isfinite(judged.reward):
-                score = judged
-            else:
-                failed = f"task {task.name}: reward is {judged.reward}"
-        except Exception as error:  # a task is other people's code, and a run is long
-            failed = f"task {task.name}: {type(error).__name__}: {error}"
+    score: Score | str = completion.error or "no completion"
+    if completion.finish_reason != "error":
+        score = _scored(task, example, completion.text)
+    failed = score if isinstance(score, str) else None
+    if isinstance(score, str):
+        empty = _scored(task, example, "")
+        score = Score(task.reward_floor, correct=False)
+        if isinstance(empty, Score):
+            # A task that calls no answer right or wrong does not call a failure wrong either.
+            correct = None if empty.correct is None else False
+            score = replace(score, correct=correct, parts=empty.parts)
     prompt = task.prompt(example)
     return Rollout(example, prompt, completion.text, len(completion.tokens), score, failed)
+
+
+def _scored(task: Task, example: Example, text: str) -> Score | str:
+    """What the task makes of a text, or why it can make nothing of it."""
+    try:
+        score = task.score(example, text)
+    except Exception as error:  # a task is other people's code, and a run is long
+        return f"task {task.name}: {type(error).__name__}: {error}"
+    return score if isfinite(score.reward) else f"task {task.name}: reward is {score.reward}"
 
 
 def share_correct(rollouts: Sequence[Rollout]) -> float | None:
@@ -95,23 +105,25 @@ def share_correct(rollouts: Sequence[Rollout]) -> float | None:
 def completion_rows(
     batch: Batch, rollouts: Sequence[Rollout], generation: int, phase: str
 ) -> list[dict[str, Any]]:
-    """Lines of completions.jsonl."""
-    return [_row(batch, rollout, generation, phase) for rollout in rollouts]
+    """Lines of a run's completions.jsonl."""
+    when = {"generation": generation, "phase": phase, "split": batch.split}
+    return [
+        {**when, **completion_row(rollout), "gold": batch.task.gold(rollout.example)}
+        for rollout in rollouts
+    ]
 
 
-def _row(batch: Batch, rollout: Rollout, generation: int, phase: str) -> dict[str, Any]:
+def completion_row(rollout: Rollout) -> dict[str, Any]:
+    """A line of JSON: what was asked and answered, its score, and its error."""
     prompt = rollout.prompt
     return {
-        "generation": generation,
-        "phase": phase,
-        "split": batch.split,
         "example": rollout.example.id,
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "gold": batch.task.gold(rollout.example),
         "completion": rollout.text,
         "reward": rollout.score.reward,
         "correct": rollout.score.correct,
-        **({"failed": rollout.failed} if rollout.failed else {}),
+        "parts": dict(rollout.score.parts),
+        "failed": rollout.failed,
     }
 
 
