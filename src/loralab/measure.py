@@ -8,32 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import safe_open
 
 from loralab import tasks
 from loralab.config import EvalConfig, MeasureConfig
+from loralab.engines.base import Engine
 from loralab.engines.likelihood import Likelihood, likelihood
 from loralab.errors import UserError
-from loralab.evaluate import evaluate
+from loralab.evaluate import engine_over, evaluate
 from loralab.gradient.corpus import read_corpus
 from loralab.gradient.events import Answering, OnTrainingEvent, Remark, ignore
+from loralab.interrupt import Ended
 from loralab.run import Run
 from loralab.subject import Subject
 from loralab.tasks.base import Continuous
 from loralab.timings import Timings
-
-_ADAPTER = "measured"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """complete: False if it stopped at a signal."""
-
-    complete: bool
 
 
 def measure(
@@ -41,7 +33,7 @@ def measure(
     run: Run,
     on_event: OnTrainingEvent = ignore,
     stopping: Callable[[], bool] = lambda: False,
-) -> Measured:
+) -> Ended:
     """Measure every model on everything that the run does not hold yet.
 
     Raises:
@@ -57,7 +49,7 @@ def measure(
                 subject = _Loaded(config, name)
             for wanted in missing:
                 if stopping():
-                    return Measured(False)
+                    return Ended(False)
                 with timings.phase("evaluation"):
                     row = subject.measure(wanted, run, on_event)
                 run.log_metrics(
@@ -65,7 +57,7 @@ def measure(
                 )
                 on_event(Remark(f"{name}: {wanted}: {said(row)}"))
     run.write("eval.json", json.dumps(run.metrics(), indent=2) + "\n")
-    return Measured(True)
+    return Ended(True)
 
 
 class _Loaded:
@@ -81,14 +73,15 @@ class _Loaded:
             torch.set_num_threads(config.threads)
         self._config = config
         self._name = name
-        subject = Subject(
-            config.model_of(name), config.models[name].adapter, config.dtype, config.device
-        )
-        self._opened = opened = subject.open()
-        self.parameters = sum(p.numel() for p in opened.model.parameters())
+        own = config.models[name]
+        self._opened = opened = Subject(
+            config.model_of(name), own.adapter, config.dtype, config.device, own.quantization
+        ).open()
+        self.parameters = sum(map(_size, opened.model.parameters()))
         if opened.state is not None:
             self.parameters += sum(t.numel() for f in opened.state.factors.values() for t in f)
-        self._engine: Any = None
+        self._engine: Engine | None = None
+        self._adapter: str | None = None
 
     def measure(self, name: str, run: Run, on_event: OnTrainingEvent) -> dict[str, Any]:
         wanted = self._config.measures[name]
@@ -104,21 +97,14 @@ class _Loaded:
             text = task.whole(wanted.split)
             return self._likelihood(text, max_tokens=wanted.limit, progress=progress).to_dict()
         if self._engine is None:
-            from loralab.engines.batched import BatchedEngine
-
-            opened = self._opened
-            # The native engine has its own copy of the base and knows of no adapter in it.
-            backend: Literal["auto", "torch"] = "torch" if opened.changed else "auto"
-            self._engine = BatchedEngine(
-                opened.model, opened.tokenizer, backend, threads=self._config.threads
+            self._engine, self._adapter = engine_over(
+                self._opened, "measured", self._config.threads
             )
-            if opened.state is not None:
-                self._engine.load({_ADAPTER: opened.state})
         result = evaluate(
             self._engine,
             task,
             wanted.generation,
-            None if self._opened.state is None else _ADAPTER,
+            self._adapter,
             wanted.split,
             wanted.limit,
             self._config.seed,
@@ -148,6 +134,12 @@ class _Loaded:
             sum(one.bytes for one in found),
         )
         return {**whole.to_dict(), "documents": len(found)}
+
+
+def _size(parameter: Any) -> int:
+    """Weights that a parameter stands for; one in 4 bits stores two of them in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else state.shape.numel())
 
 
 def said(row: dict[str, Any]) -> str:

@@ -20,11 +20,13 @@ from loralab.config.sections import (
 class ModelConfig(Section):
     """A model, by its name or directory, and an adapter on it (a directory in PEFT's format).
 
-    model: null is the config's own. A text alone is the model.
+    model: null is the config's own. A text alone is the model. quantization: of the model under
+    the adapter; an adapter of a pipeline's stage brings that stage's own.
     """
 
     model: str | None = Field(default=None, min_length=1)
     adapter: str | None = Field(default=None, min_length=1)
+    quantization: Literal["nf4", "int8"] | None = None
 
     @model_validator(mode="before")
     @classmethod

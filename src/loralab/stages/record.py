@@ -63,5 +63,6 @@ class Record:
 
 
 def directory_of(run: Run, entry: Entry) -> Path:
-    """Its path, absolute: a stage's config then means the same wherever it is resumed from."""
+    """Its path, absolute: a stage's config then means the same from whatever folder it is resumed.
+    A pipeline that is moved keeps what is done; a stage in the middle has to be where it began."""
     return (run.path / entry.directory).resolve()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from loralab import config as configs
 from loralab import pipeline
-from loralab.config import AnyConfig, PipelineConfig
-from loralab.config.references import Reference, references, replaced
+from loralab.config import AnyConfig, EvalConfig, PipelineConfig
+from loralab.config.references import Reference, references, replaced, texts
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
 from loralab.gradient.events import TrainingEvent
@@ -66,7 +66,10 @@ def run_stages(
             say(f"stage {name} ({number} of {len(stages)}): unchanged, kept in {entry.directory}/")
             skipped.append(name)
             continue
+        if stopping():  # a merge takes its time
+            return Staged(False, tuple(ran), tuple(skipped))
         say(f"stage {name} ({number} of {len(stages)}): {stage.kind}, in {entry.directory}/")
+        _refuse_moved(actual, wanted, place)
         record.began(entry, plain_inputs(digests, actual))
         if not _run_one(name, actual, place, on_event):
             return Staged(False, tuple(ran), tuple(skipped))
@@ -83,10 +86,32 @@ def _resolved(
     left: Mapping[str, Left],
     say: Callable[[str], None],
 ) -> AnyConfig:
-    """The stage's config with a path in the place of each reference."""
+    """The stage's config with a path in the place of each reference; an adapter to be measured
+    stands on the base it was trained on, quantised as that was."""
     paths = {r.key: str(left[r.stage].path(r.output, say)) for r in wanted}
     values = replaced(stage.to_dict(), lambda key, text: paths.get(key, text))
+    if isinstance(stage, EvalConfig):
+        stages = {r.key: r.stage for r in wanted}
+        for model, own in stage.models.items():
+            trained = stages.get(f"models.{model}.adapter")
+            if trained is not None and own.quantization is None:
+                bits = getattr(left[trained].config, "quantization", None)
+                values["models"][model]["quantization"] = bits
     return configs.parse(values, f"stage {stage.name}")
+
+
+def _refuse_moved(actual: AnyConfig, wanted: list[Reference], place: Path) -> None:
+    """A stage goes on with the paths that it began with: they stand in its config and journal."""
+    if not (place / "config.yaml").exists():
+        return
+    before, now = dict(texts(Run.open(place).config)), dict(texts(actual.to_dict()))
+    for reference in wanted:
+        if before.get(reference.key) != now[reference.key]:
+            raise UserError(
+                f"stage {actual.name}: was begun with {reference} at {before.get(reference.key)}, "
+                f"which is {now[reference.key]} now: move the pipeline back to go on, or remove "
+                f"{place} to begin the stage anew"
+            )
 
 
 def _run_one(name: str, config: AnyConfig, place: Path, on_event: OnEvent) -> bool:
