@@ -1,16 +1,20 @@
 """Who else looks at a run: each judges the same log, and says FAIL, WARN or nothing.
 
-trainproof: its `check_records` (package index, MIT) as it is. loss and gradients: plain rules that
-many scripts hold. TRL: its metrics beside the loss, entropy and token accuracy.
+trainproof: its own command's way, `trainproof epoch trainer_state.json --format hf` (package index,
+MIT). loss and gradients: plain rules that many scripts hold. TRL: its metrics beside the loss,
+entropy and token accuracy; it gives no verdict, so the limits on them are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite, nan
+from pathlib import Path
 from statistics import fmean, median
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 Opinion = Literal["fail", "warn", "none"]
@@ -22,19 +26,35 @@ SPIKE = 10.0
 FLAT = 0.02
 ENTROPY_RISE = 1.5
 ACCURACY_FALL = 0.1
+SPARSE = 5
 
 
 def trainproof(log: Log) -> Opinion:
-    """Of trainproof, given the steps' records and the evaluations'."""
-    epoch = import_module("trainproof.epoch")
-    names = {"lr": "learning_rate"} | {n: n for n in ("loss", "grad_norm", "eval_loss")}
-    records = [
-        {"step": row["step"], **{n: _number(row[of]) for n, of in names.items() if of in row}}
-        for row in log
-        if "loss" in row or "eval_loss" in row
-    ]
-    word = str(epoch.check_records(records)["verdict"]).lower()
-    return "fail" if word == "fail" else "warn" if word == "warn" else "none"
+    """Of trainproof, given the run's trainer_state.json."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trainer_state.json"
+        path.write_text(json.dumps({"log_history": list(log)}), encoding="utf-8")
+        report = import_module("trainproof.epoch").check_epoch(path, "hf")
+    word = str(report["verdict"])
+    return "fail" if word == "FAIL" else "warn" if word == "WARN" else "none"
+
+
+def trainproof_sparse(log: Log) -> Opinion:
+    """The same, had the Trainer logged every SPARSE steps: single steps' losses scatter."""
+    return trainproof(list(_every(SPARSE, log)))
+
+
+def _every(steps: int, log: Log) -> Iterator[Mapping[str, Any]]:
+    """As a Trainer logs with logging_steps=steps: mean losses, of all else the newest."""
+    waiting: list[float] = []
+    for row in log:
+        if "loss" not in row:
+            yield row
+            continue
+        waiting.append(_number(row["loss"]))
+        if int(row["step"]) % steps == 0:
+            yield {**row, "loss": fmean(waiting)}
+            waiting = []
 
 
 def loss_and_gradients(log: Log) -> Opinion:
@@ -45,8 +65,9 @@ def loss_and_gradients(log: Log) -> Opinion:
     if not losses or not all(map(isfinite, (*losses, *norms))):
         return "fail"
     first, last = fmean(losses[:FIRST]), fmean(losses[-FIRST:])
-    long = len(losses) >= 2 * FIRST
-    if long and first > 0 and (last > RISE * first or abs(last - first) < FLAT * first):
+    # A loss of exactly 0 throughout is flat, too.
+    flat = abs(last - first) <= FLAT * abs(first)
+    if len(losses) >= 2 * FIRST and (last > RISE * first or flat):
         return "fail"
     held_out = _column(log, "eval_loss")
     over = bool(held_out) and held_out[-1] > RISE * min(held_out)
@@ -78,8 +99,7 @@ def _number(value: Any) -> float:
 
 def peers() -> dict[str, Callable[[Log], Opinion]]:
     """By name; trainproof where it is installed."""
-    known: dict[str, Callable[[Log], Opinion]] = {
-        "loss and gradients": loss_and_gradients,
-        "TRL's metrics": trl,
-    }
-    return {"trainproof": trainproof} | known if find_spec("trainproof") else known
+    known: dict[str, Callable[[Log], Opinion]] = {}
+    if find_spec("trainproof"):
+        known = {"trainproof": trainproof, f"trainproof, every {SPARSE} steps": trainproof_sparse}
+    return known | {"loss and gradients": loss_and_gradients, "TRL's metrics": trl}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import comb
+from math import exp, fsum, lgamma, log, log1p
 
 
 def interval(hits: int, of: int, level: float = 0.95) -> tuple[float, float]:
@@ -14,8 +14,8 @@ def interval(hits: int, of: int, level: float = 0.95) -> tuple[float, float]:
     if of == 0:
         return 0.0, 1.0
     tail = (1 - level) / 2
-    low = 0.0 if hits == 0 else _root(lambda p: _at_least(hits, of, p) - tail)
-    high = 1.0 if hits == of else _root(lambda p: tail - _at_most(hits, of, p))
+    low = 0.0 if hits == 0 else _root(lambda p: _between(hits, of, of, p) - tail)
+    high = 1.0 if hits == of else _root(lambda p: tail - _between(0, hits, of, p))
     return low, high
 
 
@@ -24,15 +24,17 @@ def sign_test(first: Sequence[bool], second: Sequence[bool]) -> float:
     exact); 1 where none does."""
     lost = sum(a and not b for a, b in zip(first, second, strict=True))
     won = sum(b and not a for a, b in zip(first, second, strict=True))
-    return _at_least(lost, lost + won, 0.5) if lost + won else 1.0
+    return _between(lost, lost + won, lost + won, 0.5) if lost + won else 1.0
 
 
-def _at_least(hits: int, of: int, rate: float) -> float:
-    return sum(comb(of, k) * rate**k * (1 - rate) ** (of - k) for k in range(hits, of + 1))
-
-
-def _at_most(hits: int, of: int, rate: float) -> float:
-    return sum(comb(of, k) * rate**k * (1 - rate) ** (of - k) for k in range(hits + 1))
+def _between(least: int, most: int, of: int, rate: float) -> float:
+    """P(least <= hits <= most), 0 < rate < 1; by logarithms, which a large `of` does not break."""
+    heads, tails = log(rate), log1p(-rate)
+    whole = lgamma(of + 1)
+    return fsum(
+        exp(whole - lgamma(k + 1) - lgamma(of - k + 1) + k * heads + (of - k) * tails)
+        for k in range(least, most + 1)
+    )
 
 
 def _root(rising: Callable[[float], float]) -> float:
