@@ -1,32 +1,20 @@
-"""The page of the fault benchmark: rates by family with exact intervals, and every run."""
+"""The page of the fault benchmark, and its JSON, from records alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
-from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loralab.bench.faults import sections
 from loralab.bench.faults.faults import FAULTS
-from loralab.bench.faults.judgement import (
-    LOOPS_MORE,
-    MISREPORTED,
-    NATS_LOST,
-    SCORE_LOST,
-    SIGNIFICANT,
-    VISIBLE,
-    Judged,
-    judged,
-    rate,
-)
+from loralab.bench.faults.items import Item, beside
+from loralab.bench.faults.judgement import Judged, Record, judged
+from loralab.bench.faults.left_out import left_out
 from loralab.bench.faults.peers import peers
-from loralab.bench.faults.plan import Fault
-from loralab.bench.faults.statistics import interval
-from loralab.bench.table import Cell, Section, Table
+from loralab.bench.faults.sections import Groups, names_of
+from loralab.bench.table import Table
 from loralab.bench.timing import machine, versions
-
-if TYPE_CHECKING:
-    from loralab.bench.faults.command import Item
 
 _SETS = {
     "development": "development seeds: limits may have been set on these healthy runs",
@@ -34,203 +22,115 @@ _SETS = {
 }
 
 
-def page(records: Mapping[Item, Mapping[str, Any]], command: str, chosen: str) -> Table:
-    """The whole page of the runs that are there."""
+def page(
+    records: Mapping[Item, Record],
+    command: str,
+    chosen: str,
+    *,
+    wanted: Sequence[Item] = (),
+    development: Mapping[Item, Record] | None = None,
+) -> Table:
+    """The whole page of the runs that are there.
+
+    wanted: all runs of the set, of which those that are missing are named. development: the runs
+    that the limits of `left_out` are set on; None takes these.
+    """
     known = {fault.name: fault for fault in FAULTS}
     others = peers()
-    broken = {item: row for item, row in records.items() if "error" in row}
-    runs: dict[Item, Judged] = {}
+    groups, runs = Groups(), dict[Any, Judged]()
     for item, row in records.items():
-        if item in broken:
-            continue
         fault = known[item.name] if item.kind == "fault" else None
-        beside = None if fault is None else _beside(item, fault, records)
-        runs[item] = judged(row, fault, beside, others)
-    harmful = {i: one for i, one in runs.items() if i.kind == "fault" and one.harmful}
-    benign = {i: one for i, one in runs.items() if i.kind == "fault" and one.harmful is False}
-    healthy = {i: one for i, one in runs.items() if i.kind != "fault"}
+        other = None if fault is None else records.get(beside(item))
+        reference = None if other is None or "error" in other else other
+        runs[item] = one = judged(row, fault, reference, others)
+        if "error" in row:
+            groups.broken[item] = str(row["error"])
+        if fault is not None:
+            kinds = {True: groups.harmful, False: groups.benign, None: groups.unknown}
+            kinds[one.harmful][item] = one
+        elif "error" not in row:
+            groups.healthy[item] = one
+    missing = [item for item in wanted if item not in records]
     facts = {
         "command": command,
-        "versions": ", ".join(f"{k} {v}" for k, v in versions("loralab", "peft", "trl").items()),
+        "versions": ", ".join(
+            f"{name} {one}"
+            for name, one in versions("loralab", "peft", "trl", "trainproof").items()
+        ),
         "machine": machine(),
         "date": date.today().isoformat(),
-        "runs": f"{len(runs)}, of {_SETS[chosen]}; {len(broken)} broke off",
+        "runs": f"{len(runs)}, of {_SETS[chosen]}; {len(groups.broken)} broke off, "
+        f"{len(groups.unknown)} faults without a run to set them beside, {len(missing)} not run",
     }
-    sections = [
-        _whole(harmful, benign, healthy),
-        _families(harmful, known),
-        _faults(harmful, benign, known),
-        _healthy(healthy),
-        _peers(harmful, healthy, list(others)),
-        _left_out(harmful, healthy),
-        _broken(broken),
-    ]
+    tables = [
+        sections.whole(groups),
+        sections.rates("By family of faults", "family", groups, _families(records)),
+        sections.rates("By task", "task", groups, _by(records, "task")),
+        sections.rates("By model", "model", groups, _by(records, "world")),
+        sections.judges(groups),
+        sections.leads(groups, known),
+        sections.peers(groups, list(others)),
+        left_out(groups.harmful, groups.healthy, records if development is None else development),
+        sections.faults(groups, known),
+        sections.healthy(groups),
+        sections.costs(runs),
+        sections.uncounted(groups, missing),
+    ]  # fmt: skip
     data = {"runs": [_row(item, one) for item, one in runs.items()]}
-    return Table("Faults on purpose", facts, [one for one in sections if one.rows], data)
+    return Table("Faults on purpose", facts, [one for one in tables if one.rows], data)
 
 
-def _beside(
-    item: Item, fault: Fault, records: Mapping[Item, Mapping[str, Any]]
-) -> Mapping[str, Any] | None:
-    """The run without the fault: same world, task and seed."""
-    for other, row in records.items():
-        same = (other.world, other.task, other.seed) == (item.world, item.task, item.seed)
-        if other.kind == "healthy" and other.name == fault.setup and same and "error" not in row:
-            return row
-    return None
+def _families(items: Iterable[Item]) -> dict[str, Callable[[Item], bool]]:
+    """The faults of each family that these are of, and the healthy runs they are set beside."""
+    found: dict[str, Callable[[Item], bool]] = {}
+    there = {item.name for item in items if item.kind == "fault"}
+    for family in dict.fromkeys(fault.family for fault in FAULTS if fault.name in there):
+        mine = {fault.name for fault in FAULTS if fault.family == family}
+        setups = {fault.setup for fault in FAULTS if fault.family == family}
+
+        def holds(item: Item, mine: set[str] = mine, setups: set[str] = setups) -> bool:
+            return not (mine if item.kind == "fault" else setups).isdisjoint(names_of(item))
+
+        found[family] = holds
+    return found
 
 
-def _whole(
-    harmful: Mapping[Item, Judged], benign: Mapping[Item, Judged], healthy: Mapping[Item, Judged]
-) -> Section:
-    rows: list[list[Cell]] = [
-        ["harmful faults that FAIL", *_share(harmful.values()), 0.95],
-        ["healthy runs that FAIL", *_share(healthy.values()), 0.0],
-        [
-            "right cause among the first two",
-            *_of([one.named for one in harmful.values() if one.failed]),
-            0.8,
-        ],
-        ["benign faults that FAIL", *_share(benign.values()), None],
-        ["healthy runs that WARN", *_of([one.warned for one in healthy.values()]), None],
-    ]
-    leads = [one.lead for one in harmful.values() if one.lead is not None]
-    notes = [
-        f"Harm, named for each fault before it was run: {SCORE_LOST:g} fewer right answers of the "
-        f"task (and p < {SIGNIFICANT:g} of the exact test of the pairs), {NATS_LOST:g} nats a "
-        f"token more on held-out stories, {LOOPS_MORE:g} more answers that loop, or a reported "
-        f"gain {MISREPORTED:g} off the real one, beside the run without the fault and with the "
-        "same seed. Other faults are benign and reported apart."
-    ]
-    if leads:
-        shown = fmean(float(one.shown) for one in harmful.values())
-        notes.append(
-            f"Median lead of the first FAIL over the validation loss being {VISIBLE:g} times its "
-            f"own lowest: {median(leads):g} steps; in {1 - shown:.0%} of harmful runs it never "
-            "showed, and the lead is to the end."
-        )
-    return Section(
-        "All", "", ["", "runs", "of", "share", "95 % low", "high", "to reach"], rows, notes
-    )
+def _by(items: Iterable[Item], name: str) -> dict[str, Callable[[Item], bool]]:
+    """By a field of the run."""
+    found: dict[str, Callable[[Item], bool]] = {}
+    for value in dict.fromkeys(getattr(item, name) for item in items):
 
+        def holds(item: Item, value: str = value) -> bool:
+            return bool(getattr(item, name) == value)
 
-def _families(harmful: Mapping[Item, Judged], known: Mapping[str, Fault]) -> Section:
-    rows: list[list[Cell]] = []
-    for family in dict.fromkeys(fault.family for fault in known.values()):
-        mine = [one for item, one in harmful.items() if known[item.name].family == family]
-        if not mine:
-            continue
-        rows.append([family, *_share(mine), _middle(one.step for one in mine),
-                     _middle(one.lead for one in mine),
-                     _ratio([one.named for one in mine if one.failed]),
-                     _middle(one.record.get("guard_share") for one in mine)])  # fmt: skip
-    columns = ["family", "FAIL", "of", "share", "95 % low", "high", "steps to FAIL", "lead",
-               "cause named", "guard's cost"]  # fmt: skip
-    return Section(
-        "By family of faults", "Of harmful runs. Steps and lead are medians.", columns, rows
-    )
-
-
-def _faults(
-    harmful: Mapping[Item, Judged], benign: Mapping[Item, Judged], known: Mapping[str, Fault]
-) -> Section:
-    rows: list[list[Cell]] = []
-    for name, fault in known.items():
-        hurt = [one for item, one in harmful.items() if item.name == name]
-        fine = [one for item, one in benign.items() if item.name == name]
-        if not hurt and not fine:
-            continue
-        both = [*hurt, *fine]
-        said = [cause for one in both for cause in one.causes[:1]]
-        rows.append([name, fault.what, fault.harm, f"{len(hurt)}/{len(both)}",
-                     f"{sum(one.failed for one in hurt)}/{len(hurt)}",
-                     f"{sum(one.failed for one in fine)}/{len(fine)}",
-                     f"{sum(one.warned for one in both)}/{len(both)}",
-                     f"{sum(one.named for one in both)}/{len(both)}",
-                     max(set(said), key=said.count) if said else "-"])  # fmt: skip
-    columns = ["fault", "what", "harm", "harmful", "FAIL of harmful", "FAIL of benign", "WARN",
-               "cause named", "cause told"]  # fmt: skip
-    return Section("Faults", "", columns, rows)
-
-
-def _healthy(healthy: Mapping[Item, Judged]) -> Section:
-    rows: list[list[Cell]] = []
-    for kind, name in dict.fromkeys((item.kind, item.name) for item in healthy):
-        mine = [one for i, one in healthy.items() if (i.kind, i.name) == (kind, name)]
-        rules = sorted({rule for one in mine if one.failed for rule in one.rules})
-        warned = sorted({rule for one in mine if one.warned for rule in one.rules})
-        rows.append([name, kind, len(mine),
-                     sum(one.failed for one in mine), ", ".join(rules) or "-",
-                     sum(one.warned for one in mine), ", ".join(warned) or "-",
-                     _middle(one.record["used"]["score"] for one in mine)])  # fmt: skip
-    columns = ["healthy run", "kind", "runs", "FAIL", "rules", "WARN", "rules ", "score"]
-    intro = "`control`: kinds that look like trouble; `healthy`: what faults are set beside."
-    return Section("Healthy runs", intro, columns, rows)
-
-
-def _peers(
-    harmful: Mapping[Item, Judged], healthy: Mapping[Item, Judged], names: Sequence[str]
-) -> Section:
-    rows: list[list[Cell]] = [["loralab", *_share(harmful.values()), *_share(healthy.values())]]
-    for name in names:
-        fails = [
-            [one.peers[name] == "fail" for one in group.values()] for group in (harmful, healthy)
-        ]
-        rows.append([name, *_of(fails[0]), *_of(fails[1])])
-    columns = ["judge", "FAIL of harmful", "of", "share", "low", "high",
-               "FAIL of healthy", "of ", "share ", "low ", "high "]  # fmt: skip
-    intro = "The same runs by others; they see the log, and nothing of an evaluation or a file."
-    return Section("Beside others", intro, columns, rows)
-
-
-def _left_out(harmful: Mapping[Item, Judged], healthy: Mapping[Item, Judged]) -> Section:
-    rows: list[list[Cell]] = []
-    for task in dict.fromkeys(item.task for item in (*harmful, *healthy)):
-        hurt = [one for item, one in harmful.items() if item.task == task]
-        fine = [one for item, one in healthy.items() if item.task == task]
-        rows.append([task, *_share(hurt), *_share(fine)])
-    columns = ["task", "FAIL of harmful", "of", "share", "low", "high",
-               "FAIL of healthy", "of ", "share ", "low ", "high "]  # fmt: skip
-    return Section("By task", "", columns, rows)
-
-
-def _broken(broken: Mapping[Item, Mapping[str, Any]]) -> Section:
-    rows: list[list[Cell]] = [[str(item.path), row["error"]] for item, row in broken.items()]
-    return Section("Broke off", "In no rate above.", ["run", "error"], rows)
-
-
-def _share(runs: Iterable[Judged]) -> list[Cell]:
-    hits, of = rate(list(runs))
-    return [hits, of, hits / of if of else None, *interval(hits, of)]
-
-
-def _of(flags: Sequence[bool]) -> list[Cell]:
-    hits, of = sum(flags), len(flags)
-    return [hits, of, hits / of if of else None, *interval(hits, of)]
-
-
-def _ratio(flags: Sequence[bool]) -> str:
-    return f"{sum(flags)}/{len(flags)}"
-
-
-def _middle(values: Iterable[Any]) -> float | None:
-    known = [float(value) for value in values if value is not None]
-    return float(median(known)) if known else None
+        found[value] = holds
+    return found
 
 
 def _row(item: Item, one: Judged) -> dict[str, Any]:
-    used = {k: v for k, v in one.record["used"].items() if k not in ("right", "texts")}
+    """Of a run, for the JSON."""
+    record = one.record
+    if "error" in record:
+        return {**vars(item), "error": record["error"]}
+    used = {k: v for k, v in record["used"].items() if k not in ("right", "texts")}
     return {
         **vars(item),
         "harmful": one.harmful,
         "failed": one.failed,
         "warned": one.warned,
+        "guard": one.guard,
+        "doctor": one.doctor,
         "by": one.by,
         "step": one.step,
+        "injected": one.injected,
+        "shown": one.shown,
         "lead": one.lead,
         "causes": list(one.causes),
+        "named": one.named,
         "rules": list(one.rules),
         "peers": dict(one.peers),
-        "seconds": one.record["seconds"],
+        "guard_seconds": record["guard_seconds"],
+        "guard_share": record["guard_share"],
+        "seconds": record["seconds"],
         **used,
     }
