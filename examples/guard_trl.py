@@ -6,8 +6,9 @@
 
 Before the first step, after steps 1, 5, 10, 25 and 50, then every n and at the end the guard asks
 the model twelve prompts, compares what it does with the model without its adapter, and says what is
-wrong. `readings.jsonl` and `findings.jsonl` lie in the output directory. Nothing of loralab but the
-guard is used here.
+wrong. `readings.jsonl` and `findings.jsonl` lie in the output directory. Of loralab the guard is
+used, and `load`, which has SmolLM2 from the package index: a model of
+AutoModelForCausalLM.from_pretrained does as well.
 """
 
 from __future__ import annotations

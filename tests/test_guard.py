@@ -4,107 +4,48 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import DataCollatorForLanguageModeling
 
 import tiny
 from loralab.errors import UserError
-from loralab.health import GuardCallback
-from loralab.health import guard as guard_module
+from loralab.health import GuardCallback, guard_view, pace
+from loralab.health.condition import over
 from loralab.health.findings import Finding
 from loralab.health.ledger import FINDINGS, READINGS, Ledger
+from loralab.health.pace import Pace
 from loralab.health.reading import Reading
-from loralab.health.setup import setup_values
-from loralab.health.snapshot import Snapshot, halve_learning_rate
-from loralab.health.training_watch import TrainingWatch, planned_dose
+from loralab.health.rule import Rule
+from loralab.health.thresholds import Limit
+from watched_training import (
+    PROMPTS,
+    Halt,
+    Losses,
+    Note,
+    adapted,
+    rows,
+    rules_of,
+    same,
+    trainer,
+    weights,
+)
 
-PROMPTS = [tiny.words(4, 100 + at) for at in range(4)]
+LATE = Rule("test.late", "lr.too_high", fail=(over("train.step", Limit(10, "a test's")),))
+"""Fails of what is looked at after step 10."""
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard_module, "TOKENS", 5)
-
-
-def adapted(seed: int = 0, dropout: float = 0.0, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=["q_proj", "v_proj"],
-        lora_dropout=dropout,
-        task_type="CAUSAL_LM",
-        **options,
-    )
-    return get_peft_model(tiny.model("llama"), config)
-
-
-def rows(count: int = 16, masked: bool = False) -> list[dict[str, Any]]:
-    made = []
-    for at in range(count):
-        ids = [*tiny.tokenizer()(tiny.words(10, at))["input_ids"], tiny.EOS]
-        labels = [-100] * len(ids) if masked else list(ids)
-        made.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
-    return made
-
-
-Losses = Callable[[int], float]
-
-
-class Poisoned(Trainer):  # type: ignore[misc]
-    """Multiplies the loss of some steps, behind what the model returned."""
-
-    factor: Losses = staticmethod(lambda step: 1.0)
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().compute_loss(*args, **kwargs)
-        return loss * self.factor(self.state.global_step + 1)
-
-
-def trainer(
-    folder: Path, model: Any, guard: GuardCallback | None, steps: int = 6, **options: Any
-) -> Poisoned:
-    data = options.pop("data", None)
-    more = {key: options.pop(key) for key in ("optimizers", "data_collator") if key in options}
-    arguments = {
-        "max_steps": steps,
-        "learning_rate": 5e-3,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return Poisoned(
-        model=model,
-        args=TrainingArguments(str(folder), **(arguments | options)),
-        train_dataset=rows() if data is None else data,
-        processing_class=tiny.tokenizer(),
-        callbacks=[] if guard is None else [guard],
-        **more,
-    )
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def rules_of(guard: GuardCallback, severity: str = "fail") -> set[str]:
-    return {one.rule for one in guard.findings if one.severity == severity}
+    monkeypatch.setattr(guard_view, "TOKENS", 5)
 
 
 def test_it_looks_at_its_steps_and_writes_what_it_saw(tmp_path: Path) -> None:
@@ -137,20 +78,38 @@ def test_every_sets_the_looks_after_the_first(tmp_path: Path) -> None:
 
 
 def test_steps_between_looks_follow_the_measured_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = GuardCallback(budget=0.03)
-    guard._began, guard.seconds, guard._first = 0.0, 100.0, 0
-    guard._costs = [50.0, 6.0, 6.0]
-    monkeypatch.setattr(guard_module, "perf_counter", lambda: 300.0)
+    now = [0.0]
+    monkeypatch.setattr(pace, "perf_counter", lambda: now[0])
+    for cost, due in ((6.0, 100), (0.01, 75)):
+        made = Pace(None, 0.03)
+        now[0] = 0.0
+        made.begin(0)
+        now[0] = 50.0
+        made.looked(0, 50.0)
+        made.looked(25, cost)
+        # 200 s of training made 50 steps, 4 s each; 6 s are 3 % of 200 s, which are 50 steps.
+        now[0] = 250.0 + 2 * cost
+        made.looked(50, cost)
+        asked = [step for step in range(51, 200) if made.due(step)]
+        assert asked[0] == due
+    assert made.share == pytest.approx(50.02 / 200, rel=1e-3)
+    made.end()
+    now[0] = 9999.0
+    assert made.share == pytest.approx(50.02 / 200, rel=1e-3), "the time after it is no training"
 
-    class At:
-        global_step = 50
 
-    guard._plan(At())  # type: ignore[arg-type]
-    # 200 s of training made 50 steps, 4 s each; 6 s are 3 % of 200 s, which are 50 steps.
-    assert guard._next == 50
-    guard._costs = [50.0, 0.01]
-    guard._plan(At())  # type: ignore[arg-type]
-    assert guard._next == guard_module.LEAST
+def test_a_training_that_is_resumed_late_is_looked_at_again(tmp_path: Path) -> None:
+    for every, asked in ((None, [52, 52 + pace.LEAST]), (7, [52, 59, 66, 73, 80, 81])):
+        guard = GuardCallback(PROMPTS, every=every, texts=False, budget=1.0)
+        place = tmp_path / str(every)
+        first = trainer(place, adapted(), None, steps=81, save_strategy="steps", save_steps=52)
+        first.add_callback(Halt(52))
+        first.train()
+        made = trainer(place, adapted(), guard, steps=81, save_strategy="steps", save_steps=500)
+        made.train(resume_from_checkpoint=True)
+        steps = [one.step for one in guard.readings]
+        assert steps[: len(asked)] == asked
+        assert steps[-1] == 81
 
 
 def test_a_training_that_is_watched_ends_in_the_same_bits(tmp_path: Path) -> None:
@@ -161,6 +120,32 @@ def test_a_training_that_is_watched_ends_in_the_same_bits(tmp_path: Path) -> Non
         trainer(tmp_path / str(watched), model, guard, steps=7).train()
         made.append(weights(model))
         made.append({"rng": torch.get_rng_state()})
+    assert same(made[0], made[2])
+    assert same(made[1], made[3])
+
+
+class Noisy(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Makes its rows anew each time, of all the random numbers that there are."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+        ids = [tiny.BOS, *(4 + int(one * 60) for one in drawn), tiny.EOS]
+        return {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
+
+
+def test_rows_made_at_random_are_those_of_a_training_without_it(tmp_path: Path) -> None:
+    made = []
+    for watched in (False, True):
+        model = adapted()
+        guard = GuardCallback(PROMPTS) if watched else None
+        trainer(tmp_path / str(watched), model, guard, steps=3, data=Noisy()).train()
+        made.append(weights(model))
+        made.append({"python": torch.tensor([random.random(), np.random.rand()])})
+        if guard is not None:
+            assert guard.readings[0].values["data.all_masked"] == 0, "the rows were looked at"
     assert same(made[0], made[2])
     assert same(made[1], made[3])
 
@@ -205,15 +190,10 @@ def test_stop_keeps_the_weights_before_a_step_that_is_no_number(tmp_path: Path) 
     # The same schedule, cut off after two steps.
     other = trainer(tmp_path / "b", plain, None, steps=6)
     other.factor = at_step(3, 0.0)
-    seen: list[dict[str, Tensor]] = []
-
-    class Note(guard_module.TrainerCallback):  # type: ignore[misc, name-defined]
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            seen.append(weights(more["model"]))
-
-    other.add_callback(Note())
+    seen: dict[int, dict[str, Tensor]] = {}
+    other.add_callback(Note(seen))
     other.train()
-    assert same(weights(stopped), seen[1])
+    assert same(weights(stopped), seen[2])
 
 
 def test_rollback_goes_back_once_and_stops_the_second_time(tmp_path: Path) -> None:
@@ -222,12 +202,7 @@ def test_rollback_goes_back_once_and_stops_the_second_time(tmp_path: Path) -> No
     made = trainer(tmp_path, model, guard, steps=12, lr_scheduler_type="constant")
     made.factor = lambda step: math.nan if step in (7, 9) else 1.0
     seen: dict[int, dict[str, Tensor]] = {}
-
-    class Note(guard_module.TrainerCallback):  # type: ignore[misc, name-defined]
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            seen[state.global_step] = weights(more["model"])
-
-    made.add_callback(Note())
+    made.add_callback(Note(seen))
     made.train()
     # The last look that found nothing was after step 5.
     assert same(seen[7], seen[5])
@@ -240,12 +215,35 @@ def test_rollback_goes_back_once_and_stops_the_second_time(tmp_path: Path) -> No
     assert sum("went back" in line for line in told) == 2
 
 
+def test_a_failure_seen_at_the_end_goes_back_too(tmp_path: Path) -> None:
+    """Before the last checkpoint is written, and where another callback ended the training."""
+    for name, ends in (("steps", None), ("halted", Halt(12))):
+        place = tmp_path / name
+        model, told = adapted(), list[str]()
+        guard = GuardCallback(PROMPTS, "rollback", rules=[LATE], texts=False, tell=told.append)
+        made = trainer(
+            place, model, guard, 20 if ends else 12, save_strategy="steps", save_steps=12
+        )
+        if ends is not None:
+            made.add_callback(ends)
+        seen: dict[int, dict[str, Tensor]] = {}
+        made.add_callback(Note(seen))
+        made.train()
+        assert made.state.global_step == 12
+        assert rules_of(guard) == {"test.late"}
+        assert same(weights(model), seen[10])
+        assert sum("went back" in line for line in told) == 1
+        if ends is None:
+            saved = load_file(place / "checkpoint-12" / "adapter_model.safetensors")
+            kept = {name.replace(".default", ""): value for name, value in seen[10].items()}
+            assert same(saved, kept), "the checkpoint has the healthy weights"
+
+
 def test_garbled_text_fails_and_rollback_returns_to_readable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        guard_module, "TOKENS", 10
-    )  # of fewer than 8 the base's opinion is not asked
+    # Of fewer than 8 the base's opinion is not asked.
+    monkeypatch.setattr(guard_view, "TOKENS", 10)
     model = adapted()
     guard = GuardCallback(PROMPTS, "rollback")
     made = trainer(tmp_path, model, guard, steps=60, learning_rate=2.0)
@@ -363,155 +361,6 @@ def test_a_resumed_training_goes_on_with_its_readings(tmp_path: Path) -> None:
     assert [row["rule"] for row in left] == ["outlier_module"], "others' findings stay"
     assert Ledger(tmp_path).resume(0) == []
     assert (tmp_path / READINGS).read_text() == ""
-
-
-def model_and_batch() -> tuple[Any, dict[str, Tensor]]:
-    model = adapted().train()
-    return model, {
-        key: torch.tensor([row[key] for row in rows(4)]) for key in ("input_ids", "labels")
-    }
-
-
-def test_the_watch_measures_gradients_and_updates() -> None:
-    model, batch = model_and_batch()
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    watch = TrainingWatch(model, steps=4)
-    watch.begin()
-    model(**batch)["loss"].backward()
-    assert watch.gradients_ready(compare=True)
-    before = weights(model)
-    optimiser.step()
-    watch.step_done(1, 0.5)
-    after = weights(model)
-    moved = math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in before))
-    size = math.sqrt(sum(float(before[n].square().sum()) for n in before))
-    values = watch.values(rows=4)
-    assert values["update.ratio"] == pytest.approx(moved / size, rel=1e-4)
-    # B is 0, so A has no gradient yet and half of the tensors stand still.
-    assert values["update.none"] == 0.5
-    assert values["train.progress"] == 0.25
-    assert values["data.passes"] == 0.5
-    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    name = "base_model.model.model.layers.1.self_attn.v_proj"
-    pair = [grads[f"{name}.lora_{part}.default.weight"] for part in "AB"]
-    norm = math.sqrt(sum(float(grad.square().sum()) for grad in pair if grad is not None))
-    assert watch.by_module()[name] == pytest.approx(norm, rel=1e-5)
-    assert len(watch.by_module()) == 4
-    watch.end()
-    assert not model._forward_hooks
-
-
-@pytest.mark.parametrize(("fp16", "sound"), [(False, False), (True, True)])
-def test_an_overflow_is_usual_under_loss_scaling_only(fp16: bool, sound: bool) -> None:
-    model, batch = model_and_batch()
-    watch = TrainingWatch(model, fp16=fp16)
-    model(**batch)["loss"].backward()
-    next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.inf)  # type: ignore[union-attr]
-    assert watch.gradients_ready() is sound
-    assert watch.nonfinite == (0 if sound else 1)
-
-
-def test_a_loss_is_read_in_training_only() -> None:
-    model, batch = model_and_batch()
-    watch = TrainingWatch(model)
-    watch.begin()
-    bad = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    with torch.no_grad():
-        model(**bad)
-    model.eval()(**bad)
-    assert watch.gradients_ready()
-    model.train()(**bad)
-    assert not watch.gradients_ready()
-    assert watch.nonfinite == 1
-    watch.end()
-
-
-def test_losses_are_means_of_the_first_and_the_newest_steps() -> None:
-    watch = TrainingWatch(adapted())
-    for step in range(1, 21):
-        watch.logged(step, {"loss": 4.0 if step <= 5 else 1.0 if step > 15 else 2.0})
-    values = watch.values()
-    assert values["train.loss_share"] == 0.25
-    assert values["train.loss_rise"] == -0.75
-    rare = TrainingWatch(adapted())
-    for step in (10, 20, 30):
-        rare.logged(step, {"loss": float(step), "grad_norm": 1.0 if step < 30 else 90.0})
-    assert rare.values()["train.loss_first"] == 10
-    assert rare.values()["train.loss"] == 30
-    assert rare.values()["grad.spike"] == 90
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
-def test_the_planned_dose_is_the_sum_of_the_rates(tmp_path: Path, schedule: str) -> None:
-    guard = GuardCallback(PROMPTS, texts=False)
-    made = trainer(tmp_path, adapted(), guard, steps=8, lr_scheduler_type=schedule, warmup_steps=3)
-    made.train()
-    rates = [row["learning_rate"] for row in made.state.log_history if "loss" in row]
-    assert guard.readings[0].values["train.dose"] == pytest.approx(sum(rates), rel=1e-6)
-
-
-def test_sgd_has_no_dose() -> None:
-    parameter = nn.Parameter(torch.ones(2))
-    optimiser = torch.optim.SGD([parameter], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0)
-    assert math.isnan(planned_dose(optimiser, schedule, 5))
-    adam = torch.optim.AdamW([parameter], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1.0)
-    assert planned_dose(adam, schedule, 5) == pytest.approx(0.5)
-
-
-def test_a_snapshot_restores_weights_and_moments_to_the_bit() -> None:
-    model, batch = model_and_batch()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step))
-
-    def steps(count: int) -> None:
-        for _ in range(count):
-            optimiser.zero_grad()
-            model(**batch)["loss"].backward()
-            optimiser.step()
-
-    steps(3)
-    kept = Snapshot(model, optimiser, 3)
-    before = weights(model)
-    steps(2)
-    after = weights(model)
-    assert not same(before, after)
-    kept.restore(model, optimiser)
-    assert same(weights(model), before)
-    steps(2)
-    assert same(weights(model), after), "the moments came back too"
-    kept.restore(model, optimiser)
-    halve_learning_rate(optimiser, schedule)
-    assert optimiser.param_groups[0]["lr"] == 5e-3
-    optimiser.step()
-    schedule.step()
-    assert optimiser.param_groups[0]["lr"] == 2.5e-3
-
-
-def test_setup_reads_scaling_off_its_config() -> None:
-    model = adapted()
-    assert setup_values(model)["setup.scaling"] == 0
-    layer = model.base_model.model.model.layers[1].self_attn.q_proj
-    layer.scaling["default"] *= 2
-    assert setup_values(model)["setup.scaling"] == pytest.approx(math.log(2))
-    rooted = adapted(use_rslora=True)
-    assert setup_values(rooted)["setup.scaling"] == pytest.approx(0)
-
-
-def test_setup_knows_a_start_that_was_not_prepared() -> None:
-    assert "setup.unprepared" not in setup_values(adapted())
-    model = adapted(init_lora_weights="eva")
-    assert setup_values(model)["setup.unprepared"] == 1
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.data = torch.linalg.qr(parameter.data.T).Q.T.contiguous()
-    assert setup_values(model)["setup.unprepared"] == 0
-
-
-def test_sharded_optimisers_are_not_judged() -> None:
-    flat = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
-    assert "setup.left_out" not in setup_values(adapted(), flat)
 
 
 def test_a_classifier_is_judged_by_its_numbers(tmp_path: Path) -> None:

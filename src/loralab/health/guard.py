@@ -11,46 +11,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, isfinite, nan
+from math import isfinite, nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralab import ranks
 from loralab.errors import UserError
-from loralab.health.data import DataProbe
-from loralab.health.divergence import DivergenceProbe, OwnDivergenceProbe
 from loralab.health.findings import Finding, Severity, Verdict, verdict
+from loralab.health.guard_view import View
 from loralab.health.ledger import Ledger
-from loralab.health.look import Probe, Subject, measure
-from loralab.health.prompts import shipped_prompts
+from loralab.health.pace import Pace
 from loralab.health.reading import Reading
 from loralab.health.rule import Rule
 from loralab.health.rules import causes, judge
-from loralab.health.setup import setup_values
 from loralab.health.snapshot import Snapshot, halve_learning_rate
-from loralab.health.still import has_adapter
-from loralab.health.text import TextProbe
-from loralab.health.token_classes import TokenClassProbe
-from loralab.health.training_rows import shape_values, training_rows
+from loralab.health.telling import lines
+from loralab.health.trackers import Trackers
 from loralab.health.training_watch import TrainingWatch, planned_dose
-from loralab.health.weights import WeightProbe
 
 Action = Literal["warn", "stop", "rollback"]
 
-FIRST = (1, 5, 10, 25, 50)
-"""Steps after which it always looks, beside the start and the end."""
-LEAST = 25
-"""Steps between two looks later, at least, unless `every` says less."""
-PROMPTS = 12
-"""Of the shipped prompts, two of each kind: a look has to cost little."""
-TOKENS = 48
-"""Of each completion."""
-DATA_ROWS = 256
-"""Training rows that are looked at, from the beginning."""
+_NAN: tuple[str, Severity] = ("numbers.nan", "fail")
+_LOGGED = ("kl", "perplexity", "text.newlines", "text.looping", "loss.content", "guard.share")
+"""Into `state.log_history`."""
 
 _log = logging.getLogger("loralab.guard")
 
@@ -58,11 +44,12 @@ _log = logging.getLogger("loralab.guard")
 class GuardCallback(TrainerCallback):  # type: ignore[misc]
     """Watches the training of a model by any Trainer.
 
-    prompts: what the model is asked at each look: Prompt, text or messages; None takes PROMPTS of
-        the shipped ones.
+    prompts: what the model is asked at each look: Prompt, text or messages; None takes some of the
+        shipped ones.
     action: of a failure: "warn" says so; "stop" ends the training, with the weights before a step
         that is no number; "rollback" goes back to the last healthy weights and optimiser state,
-        halves the learning rate, and at the second failure goes back and stops.
+        halves the learning rate, and at the second failure goes back and stops. A failure that is
+        seen at the end goes back too.
     every: steps between looks after step 50; None makes it as often as keeps the time of looking
         under `budget` of the time of training.
     rules: None takes all of `rules.RULES`.
@@ -73,8 +60,9 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     folder: where readings.jsonl and findings.jsonl go; None takes the Trainer's output_dir.
     tell: what is given each line for people; None logs it to "loralab.guard".
 
-    readings, findings: of this training so far. A model is left as it was found by each look, and
-    random numbers are not touched: a training that is only watched ends in the same bits.
+    readings, findings: of this training so far; trackers of `report_to` are sent them too. A model
+    is left as it was found by each look, and random numbers are not touched: a training that is
+    only watched ends in the same bits.
 
     Raises:
         UserError: an action, every or budget that there is not.
@@ -100,14 +88,14 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             raise UserError(f"every is {every}; expected 1 step or more, or None")
         if not 0 < budget <= 1:
             raise UserError(f"budget is {budget}; expected a share of the time, over 0 and up to 1")
-        self.action, self.every, self.budget = action, every, budget
-        self._prompts = shipped_prompts()[:PROMPTS] if prompts is None else prompts
-        self._rules, self._base, self._texts = rules, base, texts
-        self._tokenizer, self._folder = tokenizer, None if folder is None else Path(folder)
+        self.action = action
+        self._prompts, self._base, self._texts = prompts, base, texts
+        self._rules, self._tokenizer = rules, tokenizer
+        self._folder = None if folder is None else Path(folder)
         self._tell = tell or _log.warning
+        self._pace = Pace(every, budget)
         self.readings: list[Reading] = []
         self.findings: list[Finding] = []
-        self.seconds = 0.0
         self.on_cost: Callable[[float], None] = _nothing
         """Told the seconds of each look, by a trainer that times its steps."""
         self._watch: TrainingWatch | None = None
@@ -123,37 +111,33 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         return causes(self.findings)
 
     @property
+    def seconds(self) -> float:
+        """Time spent looking."""
+        return self._pace.seconds
+
+    @property
     def share(self) -> float:
-        """Time spent looking, of the time of training without it."""
-        spent = perf_counter() - self._began - self.seconds if self._watch is not None else 0.0
-        return self.seconds / spent if spent > 0 else nan
+        """Time spent looking, of the time of training without it; NaN before there is any."""
+        return self._pace.share
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        self._began, self.seconds = perf_counter(), 0.0
-        began = self._began
+        self._pace.begin(state.global_step)
+        began = perf_counter()
         self._leads = state.is_world_process_zero
-        self._ledger = Ledger((self._folder or Path(args.output_dir)) if self._leads else None)
+        folder = self._folder or Path(args.output_dir)
+        self._ledger = Ledger(folder if self._leads else None)
+        self._trackers = Trackers(
+            args.report_to if self._leads else (), Path(args.output_dir), self._say
+        )
         self.readings = self._ledger.resume(state.global_step)
         self.findings, self._standing = [], set[tuple[str, Severity]]()
         self._healthy: Snapshot | None = None
         self._rolled = self._halted = False
-        self._next: int | None = None
         self._from = 0
         self._sound = True
-        self._first = self._last = state.global_step
-        self._costs: list[float] = []
         model, optimizer = more["model"], more.get("optimizer")
-        self._facts = setup_values(model, optimizer)
-        self._rows, self._data = self._looked_at_data(more.get("train_dataloader"), args, more)
-        self._probes: tuple[Probe, ...] = (
-            TextProbe(),
-            DivergenceProbe(),
-            OwnDivergenceProbe(),
-            TokenClassProbe(),
-        )
-        self._weights = WeightProbe()
         # How far a whole model has to move nobody can say; what an adapter starts with is known.
         dose = nan
         if any(hasattr(module, "lora_A") for module in model.modules()):
@@ -163,15 +147,26 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         )
         self._watch.begin()
         self._watch.step = state.global_step
-        self._subject = self._subject_of(model, args, state.global_step, more)
+        self._view = View(
+            more,
+            args,
+            state.global_step,
+            texts=self._texts and self._leads,
+            prompts=self._prompts,
+            base=self._base,
+            tokenizer=self._tokenizer,
+            tell=self._say,
+        )
         self._spend(began)
         self._look(state, control, more)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        watch = self._watching()
-        self._sound = watch.gradients_ready(compare=self._due(state.global_step + 1))
+        step = state.global_step + 1
+        self._sound = self._watching().gradients_ready(
+            compare=self._pace.due(step) or step >= state.max_steps
+        )
         if ranks.world() > 1:
             self._sound = not ranks.agreed(not self._sound)
         if self._halted or (not self._sound and self.action != "warn"):
@@ -184,11 +179,15 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         watch = self._watching()
         watch.step_done(state.global_step, state.epoch)
-        if self._due(state.global_step):
-            self._look(state, control, more)
+        # Here and not when all is over: checkpoints are yet to be written and trackers listen. A
+        # best checkpoint that is loaded afterwards is not these weights.
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        last = over and not args.load_best_model_at_end
+        if last or self._pace.due(state.global_step):
+            self._look(state, control, more, last)
         elif not self._sound and (self.action != "warn" or _NAN not in self._standing):
-            reading = Reading(state.global_step, watch.values(self._rows), (), 0.0)
-            self._judge([reading], state, control, more, whole=False)
+            values = watch.values(self._view.rows)
+            self._judge([Reading(state.global_step, values, (), 0.0)], state, control, more, False)
 
     def on_log(
         self,
@@ -206,8 +205,9 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if self._watch is None:
             return
-        if self._last < state.global_step:
-            self._look(state, control, more, acting=False)
+        if self._pace.last < state.global_step:
+            self._look(state, control, more, last=True)
+        self._pace.end()
         self.close()
         cost = f"{self.share:.1%}" if isfinite(self.share) else "-"
         self._say(f"guard: {self.verdict}; {len(self.readings)} looks took {cost} of the training")
@@ -216,37 +216,24 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         """Take every hook out again; also where a training broke off."""
         if self._watch is not None:
             self._watch.end()
+            self._trackers.close()
 
     def _look(
-        self, state: TrainerState, control: TrainerControl, more: Any, acting: bool = True
+        self, state: TrainerState, control: TrainerControl, more: Any, last: bool = False
     ) -> None:
         """Measure, write down, judge, and act."""
         began = perf_counter()
-        reading = self._measured(state.global_step, more["model"])
-        self._last = state.global_step
+        watch = self._watching()
+        reading = self._view.reading(
+            state.global_step,
+            lambda: watch.values(self._view.rows) | {"guard.share": self.share},
+        )
         self.readings.append(reading)
         self._ledger.add(reading)
-        self._spend(began)
-        self._costs.append(perf_counter() - began)
-        self._judge(self.readings[self._from :], state, control, more, acting=acting)
-        self._plan(state)
-
-    def _measured(self, step: int, model: Any) -> Reading:
-        began = perf_counter()
-        values: dict[str, float] = {}
-        examples: tuple[Any, ...] = ()
-        if self._subject is not None:
-            try:
-                seen = measure(self._subject.look(), self._probes, step)
-            except torch.OutOfMemoryError:
-                self._say("guard: no memory left to look at texts; numbers and weights are")
-                self._subject = None
-            else:
-                values, examples = dict(seen.values), seen.examples
-        values |= self._weights.measure_model(model)
-        values |= self._facts | self._data | self._watching().values(self._rows)
-        values["guard.share"] = self.share
-        return Reading(step, values, examples, perf_counter() - began)
+        self._judge(self.readings[self._from :], state, control, more, last=last)
+        seconds = perf_counter() - began
+        self._pace.looked(state.global_step, seconds)
+        self.on_cost(seconds)
 
     def _judge(
         self,
@@ -254,19 +241,20 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         state: TrainerState,
         control: TrainerControl,
         more: Any,
-        *,
-        acting: bool = True,
         whole: bool = True,
+        last: bool = False,
     ) -> None:
-        """whole: the reading is a look's, so that what it does not show is over."""
+        """Of the newest reading. whole: it is a look's, so that what it does not show is over.
+        last: no step follows."""
         found = judge(readings, self._rules)
         fresh = [one for one in found if (one.rule, one.severity) not in self._standing]
         now = {(one.rule, one.severity) for one in found}
         self._standing = now if whole else self._standing | now
         self.findings += fresh
         self._ledger.report(fresh)
-        for one in fresh:
-            self._announce(one)
+        self._trackers.look(readings[-1], found, fresh)
+        for line in (line for one in fresh for line in lines(one)):
+            self._say(line)
         row = {name: readings[-1].values.get(name, nan) for name in _LOGGED}
         state.log_history.append(
             {f"guard_{name}": v for name, v in row.items() if isfinite(v)}
@@ -276,138 +264,46 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         if ranks.world() > 1:
             failed = ranks.agreed(failed)
         if not failed:
-            if self.action == "rollback" and whole:
+            if self.action == "rollback" and whole and not last:
                 self._healthy = Snapshot(more["model"], more.get("optimizer"), state.global_step)
-        elif acting and self.action != "warn":
-            self._act(state, control, more)
+        elif self.action != "warn" and not self._halted:
+            self._act(state, control, more, last)
 
-    def _act(self, state: TrainerState, control: TrainerControl, more: Any) -> None:
+    def _act(self, state: TrainerState, control: TrainerControl, more: Any, last: bool) -> None:
+        done = "" if last else f"stopped after step {state.global_step}"
+        stops = True
         if self.action == "rollback" and self._healthy is not None:
+            step = self._healthy.step
             self._healthy.restore(more["model"], more.get("optimizer"))
-            if not self._rolled:
+            done = f"went back to the weights of step {step}"
+            stops = self._rolled or last
+            if not stops:
                 halve_learning_rate(more["optimizer"], more.get("lr_scheduler"))
                 self._rolled = True
                 # What came of the weights that are gone is not held against those that are back.
                 self._standing.clear()
                 self._from = len(self.readings)
-                self._watching().forget(self._healthy.step)
-                self._say(
-                    f"guard: went back to the weights of step {self._healthy.step} and halved the "
-                    "learning rate"
-                )
-                return
-            self._say(f"guard: went back to the weights of step {self._healthy.step} and stopped")
-        else:
-            self._say(f"guard: stopped after step {state.global_step}")
-        self._halted = True
-        control.should_training_stop = True
+                self._watching().forget(step)
+            if not last:
+                done += " and stopped" if stops else " and halved the learning rate"
+        if stops:
+            self._halted = True
+            control.should_training_stop = True
+        if done:
+            self._say(f"guard: {done}")
 
-    def _announce(self, finding: Finding) -> None:
-        mark = "FAIL" if finding.severity == "fail" else "warn"
-        self._say(f"{mark} step {finding.step} {finding.rule}: {finding.message}")
-        if finding.severity == "fail":
-            self._say(f"     {finding.cause}: {finding.advice}")
-            for example in finding.examples[:1]:
-                self._say(
-                    f"     writes {_short(example.completion)}, its base {_short(example.base)}"
-                )
+    def _spend(self, began: float) -> None:
+        seconds = perf_counter() - began
+        self._pace.spent(seconds)
+        self.on_cost(seconds)
 
     def _say(self, line: str) -> None:
         if self._leads:
             self._tell(line)
 
-    def _due(self, step: int) -> bool:
-        if step <= FIRST[-1]:
-            return step in FIRST
-        return self._next is not None and step - self._last >= self._next
-
-    def _plan(self, state: TrainerState) -> None:
-        """Steps until the next look after the first ones."""
-        if self.every is not None:
-            self._next = self.every
-            return
-        steps = state.global_step - self._first
-        if steps < 1:
-            return
-        training = perf_counter() - self._began - self.seconds
-        # The first look makes the base's numbers too, which are kept.
-        cost = sum(self._costs[1:]) / max(1, len(self._costs) - 1)
-        wanted = float(max(LEAST, ceil(cost * steps / (self.budget * training))))
-        self._next = ceil(ranks.summed([wanted])[0] / ranks.world())
-
-    def _spend(self, began: float) -> None:
-        seconds = perf_counter() - began
-        self.seconds += seconds
-        self.on_cost(seconds)
-
     def _watching(self) -> TrainingWatch:
         assert self._watch is not None, "on_train_begin comes first"
         return self._watch
-
-    def _subject_of(
-        self, model: Any, args: TrainingArguments, step: int, more: Any
-    ) -> Subject | None:
-        tokenizer = self._tokenizer_of(more)
-        if not self._texts or not self._leads:
-            return None
-        if tokenizer is None or ranks.sharding() is not None:
-            why = "no tokenizer was given" if tokenizer is None else "its weights are sharded"
-            self._say(f"guard: looks at numbers and weights alone, {why}")
-            return None
-        if _output_head(model) is None:
-            self._say("guard: looks at numbers and weights alone, the model writes no text")
-            return None
-        base = self._base
-        # A whole model that goes on from a checkpoint is not what it began as: no base then.
-        if base is None and not has_adapter(model) and step == 0:
-            base = "now"
-        try:
-            return Subject(
-                model,
-                tokenizer,
-                prompts=self._prompts,
-                base=base,
-                seed=args.seed,
-                max_new_tokens=TOKENS,
-            )
-        except UserError as error:
-            self._say(f"guard: looks at numbers and weights alone: {error}")
-            return None
-
-    def _looked_at_data(
-        self, loader: Any, args: TrainingArguments, more: Any
-    ) -> tuple[int | None, dict[str, float]]:
-        """How many rows there are, and `data.*` of the first ones; {} where they are not tokens."""
-        count, tokens = training_rows(loader, DATA_ROWS)
-        tokenizer = self._tokenizer_of(more)
-        if not tokens or tokenizer is None or not self._leads or not self._texts:
-            return count, {}
-        probe = DataProbe(tokens, tokenizer, getattr(args, "max_length", None))
-        values = probe.measure_model(more["model"]) | shape_values(tokens)
-        # Of all rows, not of those that were looked at.
-        values.pop("data.rows", None)
-        return count, values
-
-    def _tokenizer_of(self, more: Any) -> Any:
-        own = self._tokenizer or more.get("processing_class")
-        return getattr(own, "tokenizer", own)
-
-
-_NAN: tuple[str, Severity] = ("numbers.nan", "fail")
-_LOGGED = ("kl", "perplexity", "text.newlines", "text.looping", "loss.content", "guard.share")
-
-
-def _output_head(model: Any) -> Any:
-    ask = getattr(model, "get_output_embeddings", None)
-    try:
-        return None if ask is None else ask()
-    except NotImplementedError:
-        return None
-
-
-def _short(text: str) -> str:
-    cut = text if len(text) <= 60 else f"{text[:60]}..."
-    return repr(cut)
 
 
 def _nothing(seconds: float) -> None:

@@ -7,10 +7,12 @@ back on), random numbers.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -44,6 +46,19 @@ def causal_of(model: Any) -> Any:
 
 
 @contextmanager
+def generators_kept() -> Iterator[None]:
+    """Random numbers of PyTorch (each device's), NumPy and Python afterwards as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
 def held_still(causal: Any) -> Iterator[None]:
     """No gradients, no dropout, attention that can decode; afterwards all as it was."""
     training = [module for module in causal.modules() if module.training]
@@ -53,8 +68,7 @@ def held_still(causal: Any) -> Iterator[None]:
         for config in attention_configs(causal)
         if str(config._attn_implementation_internal).startswith(_OURS)
     ]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with generators_kept(), torch.no_grad():
         for module in training:
             module.training = False
         for config, _ in swapped:

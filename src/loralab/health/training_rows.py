@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
-import torch
-
 from loralab.health.data import Tokens, tokens_of, tokens_of_batch
+from loralab.health.still import generators_kept
 
 
 def training_rows(loader: Any, limit: int) -> tuple[int | None, list[Tokens]]:
     """How many rows a data loader's dataset has, None if it does not know, and the first of them.
 
     [] where rows are not tokens with a label each: prompts of a policy, pairs of a preference,
-    texts with a class, a stream. Looking at them draws no random number.
+    texts with a class, a stream. Rows that are made when asked for, at random, are made as they
+    would have been made without this.
     """
     dataset = getattr(loader, "dataset", None)
     try:
@@ -24,26 +23,14 @@ def training_rows(loader: Any, limit: int) -> tuple[int | None, list[Tokens]]:
         return None, []
     if not count:
         return count, []
-    rows = [dataset[at] for at in range(min(count, limit))]  # type: ignore[index]
-    if not isinstance(rows[0], Mapping) or "input_ids" not in rows[0]:
-        return count, []
-    collate = getattr(loader, "collate_fn", None)
-    if "labels" in rows[0] or collate is None:
-        return count, list(tokens_of(rows)) if all(map(_by_token, rows)) else []
-    with torch.random.fork_rng():
+    with generators_kept():
+        rows = [dataset[at] for at in range(min(count, limit))]  # type: ignore[index]
+        if not isinstance(rows[0], Mapping) or "input_ids" not in rows[0]:
+            return count, []
+        collate = getattr(loader, "collate_fn", None)
+        if "labels" in rows[0] or collate is None:
+            return count, list(tokens_of(rows)) if all(map(_by_token, rows)) else []
         return count, _collated(rows, collate)
-
-
-def shape_values(rows: Sequence[Tokens]) -> dict[str, float]:
-    """data.prompted: share of the rows whose beginning is not learned; data.answer_length: mean of
-    the learned tokens of a row. {} where nothing is learned."""
-    learned = [row for row in rows if row.learned]
-    if not learned:
-        return {}
-    return {
-        "data.prompted": fmean(float(row.start > 1) for row in learned),
-        "data.answer_length": fmean(len(row.learned) for row in learned),
-    }
 
 
 def _collated(rows: Sequence[Any], collate: Any) -> list[Tokens]:

@@ -1,7 +1,8 @@
 """A training's own numbers, taken by hooks that cost little: raw losses, gradients, updates.
 
-The raw loss is read where the model returns it, since `logging_nan_inf_filter` hides from a
-Trainer's log every step that was NaN; where the model returns none, the gradients tell.
+The raw loss is read where the model returns it: a Trainer logs one of many steps, and
+`logging_nan_inf_filter` hides every step that was NaN. Where the model returns none the log has to
+do, and the gradients tell what is no number.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class TrainingWatch:
         self._planned, self._of = planned, steps
         self._handle: Any = None
         self._raw: list[Tensor] = []
-        self._logged: list[tuple[int, float]] = []
+        self._parts = False
+        self._losses, self._logged = Losses(), Losses()
         self._norms: deque[float] = deque(maxlen=NORMS)
         self._rewards: list[Mapping[str, Any]] = []
         self._seen = self._empty = 0
@@ -52,7 +54,7 @@ class TrainingWatch:
 
     def begin(self) -> None:
         self.end()
-        self._handle = self._model.register_forward_hook(self._look_at_loss)
+        self._handle = self._model.register_forward_hook(self._look_at_loss, with_kwargs=True)
         self._kept = self._sample()
 
     def end(self) -> None:
@@ -68,14 +70,17 @@ class TrainingWatch:
         """
         named = self._trainable()
         grads = [(n, p.grad) for n, p in named if p.grad is not None and not p.grad.is_sparse]
-        loss = [value.float().reshape(-1) for value in self._raw]
+        losses = [value.float().mean().reshape(1) for value in self._raw]
         self._raw = []
-        lost = [not isfinite(x) for x in torch.cat(loss).tolist()] if loss else []
+        raw: list[float] = torch.cat(losses).tolist() if losses else []
+        lost = not all(map(isfinite, raw))
+        if raw and not lost:
+            self._losses.add(self.step + 1, sum(raw) if self._parts else fmean(raw))
         norms = _norms([grad for _, grad in grads])
         total = sqrt(sum(norm**2 for norm in norms)) if norms else nan
         self._seen += 1
         self._empty += total == 0 or not norms
-        sound = not any(lost) and (self._fp16 or not norms or isfinite(total))
+        sound = not lost and (self._fp16 or not norms or isfinite(total))
         if not sound:
             self.nonfinite += 1
         elif norms and isfinite(total):
@@ -102,7 +107,7 @@ class TrainingWatch:
         gradient's norm before it was clipped, and of a policy its reward."""
         loss, norm = float(logs.get("loss", nan)), float(logs.get("grad_norm", nan))
         if isfinite(loss):
-            self._logged.append((step, loss))
+            self._logged.add(step, loss)
         if isfinite(norm):
             self._norms.append(norm)
         reward = logs.get("reward_mean", logs.get("reward"))
@@ -112,15 +117,18 @@ class TrainingWatch:
     def forget(self, step: int) -> None:
         """What was seen after a step, to whose weights a training went back."""
         self.nonfinite = 0
-        self._logged = [(at, loss) for at, loss in self._logged if at <= step]
+        self._losses.forget(step)
+        self._logged.forget(step)
         self._norms.clear()
 
     def values(self, rows: int | None = None) -> dict[str, float]:
         """Everything since the beginning.
 
-        train.nonfinite: steps with a loss or gradient that is no number. train.loss_rise: (newest
-        loss - first loss) over the first, or over 1 nat if that is less; train.loss_share: newest
-        over first. train.dose: planned sum of the learning rate, of optimisers of Adam's kind.
+        train.nonfinite: steps with a loss or gradient that is no number. train.loss: mean of the
+        newest FIRST steps, as the model returns it, else as it is logged; train.loss_first: of the
+        first ones. train.loss_rise: (newest loss - first loss) over the first, or over 1 nat if
+        that is less; train.loss_share: newest over first. train.dose: planned sum of the learning
+        rate, of optimisers of Adam's kind.
         grad.spike: newest norm over the median of the last NORMS. grad.norm.max: of a module, after
         clipping. grad.zero: share of steps without any gradient.
         es.*: of a policy's rewards, as `population_values` tells them of a search's generations.
@@ -136,10 +144,9 @@ class TrainingWatch:
             found["train.progress"] = self.step / self._of
         if rows is not None:
             found |= {"data.rows": float(rows), "data.passes": self.epoch}
-        if self._logged:
-            began, ended = self._logged[0][0], self._logged[-1][0]
-            first = fmean(loss for step, loss in self._logged if step < began + FIRST)
-            newest = fmean(loss for step, loss in self._logged if step > ended - FIRST)
+        losses = self._losses if self._losses.seen else self._logged
+        if losses.seen:
+            first, newest = losses.first(), losses.newest()
             found |= {"train.loss": newest, "train.loss_first": first}
             found["train.loss_rise"] = (newest - first) / max(abs(first), 1.0)
             found["train.loss_share"] = newest / first if first > 0 else nan
@@ -173,12 +180,49 @@ class TrainingWatch:
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
 
-    def _look_at_loss(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _look_at_loss(
+        self, model: nn.Module, inputs: Any, named: Mapping[str, Any], outputs: Any
+    ) -> None:
         if not model.training or not torch.is_grad_enabled():
             return
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if isinstance(loss, Tensor):
             self._raw.append(loss.detach())
+            # Over all labels of a step that is accumulated: its parts add up to the loss.
+            self._parts = named.get("num_items_in_batch") is not None
+
+
+class Losses:
+    """Of the first steps and of the newest; `FIRST` steps each, of which some may have none."""
+
+    def __init__(self) -> None:
+        self._first: list[tuple[int, float]] = []
+        self._newest: deque[tuple[int, float]] = deque(maxlen=FIRST)
+
+    @property
+    def seen(self) -> bool:
+        return bool(self._first)
+
+    def add(self, step: int, loss: float) -> None:
+        if not self._first or step < self._first[0][0] + FIRST:
+            self._first.append((step, loss))
+        self._newest.append((step, loss))
+
+    def first(self) -> float:
+        """Mean."""
+        return fmean(loss for _, loss in self._first)
+
+    def newest(self) -> float:
+        """Mean; the first ones' where those after them are forgotten."""
+        rows = self._newest or self._first
+        ended = rows[-1][0]
+        return fmean(loss for step, loss in rows if step > ended - FIRST)
+
+    def forget(self, step: int) -> None:
+        """Those after a step."""
+        self._first = [row for row in self._first if row[0] <= step]
+        kept = [row for row in self._newest if row[0] <= step]
+        self._newest = deque(kept, maxlen=FIRST)
 
 
 def planned_dose(optimizer: Any, scheduler: Any, steps: int) -> float:
