@@ -335,7 +335,16 @@ def test_a_part_is_judged_by_limits_that_it_did_not_set() -> None:
     assert rows["healthy kind", "all, each in turn (3)"][3][:6] == "1 of 2"  # type: ignore[index]
     # Nobody sets a limit on a fault, nor without development runs.
     assert rows["family of faults", "data"][0] == 0
-    assert left_out(unseen.harmful, unseen.healthy, {}).rows == []
+    none = left_out(unseen.harmful, unseen.healthy, {})
+    assert (list(none.rows), len(none.notes)) == ([], 1)
+
+
+def test_limits_are_set_on_development_runs_and_on_no_others() -> None:
+    alone = page(runs(), "`it`", "unseen")
+    assert "No healthy development runs" in alone.markdown()
+    assert section(page(runs(), "`it`", "development"), "Left out one at a time")
+    both = page(runs(), "`it`", "unseen", development=runs())
+    assert "4 healthy development runs" in both.markdown()
 
 
 def test_with_a_family_go_the_healthy_runs_that_its_faults_alone_are_set_beside() -> None:

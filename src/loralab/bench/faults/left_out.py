@@ -65,7 +65,8 @@ def left_out(
                "healthy FAIL (95 %)", "by frozen limits ", "rules that do"]  # fmt: skip
     ours = {item: row for item, row in development.items() if item.kind != "fault"}
     if not any("error" not in row for row in ours.values()):
-        return Section("Left out one at a time", "", columns, [])
+        note = "No healthy development runs are there, on which limits could be set."
+        return Section("Left out one at a time", "", columns, [], [note])
     setting = Setting(ours)
     whole = _limits(setting.without(lambda _: False))
     rows: list[list[Cell]] = []

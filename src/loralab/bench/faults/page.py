@@ -33,7 +33,7 @@ def page(
     """The whole page of the runs that are there.
 
     wanted: all runs of the set, of which those that are missing are named. development: the runs
-    that the limits of `left_out` are set on; None takes these.
+    that the limits of `left_out` are set on; None takes these, if they are of that set.
     """
     known = {fault.name: fault for fault in FAULTS}
     others = peers()
@@ -50,6 +50,8 @@ def page(
             kinds[one.harmful][item] = one
         elif "error" not in row:
             groups.healthy[item] = one
+    if development is None:
+        development = records if chosen == "development" else {}
     missing = [item for item in wanted if item not in records]
     facts = {
         "command": command,
@@ -70,14 +72,14 @@ def page(
         sections.judges(groups),
         sections.leads(groups, known),
         sections.peers(groups, list(others)),
-        left_out(groups.harmful, groups.healthy, records if development is None else development),
+        left_out(groups.harmful, groups.healthy, development),
         sections.faults(groups, known),
         sections.healthy(groups),
         sections.costs(runs),
         sections.uncounted(groups, missing),
     ]  # fmt: skip
     data = {"runs": [_row(item, one) for item, one in runs.items()]}
-    return Table("Faults on purpose", facts, [one for one in tables if one.rows], data)
+    return Table("Faults on purpose", facts, [one for one in tables if one.rows or one.notes], data)
 
 
 def _families(items: Iterable[Item]) -> dict[str, Callable[[Item], bool]]:
