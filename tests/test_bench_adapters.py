@@ -112,7 +112,11 @@ def test_memory_of_a_row_is_that_of_its_own_process(base: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(Options(rows=("dora",)), "row 'dora'"), (Options(tokens=1), "tokens is 1")],
+    [
+        (Options(rows=("dora",)), "row 'dora'"),
+        (Options(tokens=1), "tokens is 1"),
+        (Options(laps=0), "--laps is 0"),
+    ],
 )
 def test_bad_options(options: Options, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_a_line_is_what_its_command_measures_and_is_not_measured_twice(
     made = [replace(made[0], tokens=4), several, *made[1:]]
     monkeypatch.setattr(baselines, "lines", lambda: made)
     monkeypatch.chdir(tmp_path)
-    words = ["--data", str(data), "--model", model, "--limit", "40", "--out", "page.md"]
+    words = ["--data", str(data), "--model", "model", "--limit", "40", "--out", "page.md"]
     assert cli.main(["bench", "baselines", *words]) == 0
     capsys.readouterr()
     page = Path("page.md").read_text()
@@ -73,13 +74,39 @@ def test_a_line_is_what_its_command_measures_and_is_not_measured_twice(
         assert float(shown[shown.index("±") - 1]) == pytest.approx(float(score), rel=0.01)
         assert float(shown[shown.index("±") + 1]) == pytest.approx(float(error), rel=0.05)
 
+    # Later, elsewhere: what is there is told with where and when it was measured.
     monkeypatch.setattr(baselines, "evaluate_into", None)
     monkeypatch.setattr(baselines, "text_likelihood", None)
+    monkeypatch.setattr("loralab.bench.command.machine", lambda: "another machine")
+    monkeypatch.setattr("loralab.bench.command.date", None)
     assert cli.main(["bench", "baselines", *words]) == 0
-    again = Path("page.md").read_text()
-    assert [x for x in again.splitlines() if x[:6] != "- date"] == [
-        x for x in page.splitlines() if x[:6] != "- date"
-    ]
+    assert Path("page.md").read_text() == page
+
+
+@pytest.mark.parametrize("change", ["data", "device", "version", "model"])
+def test_another_setting_is_another_measurement(
+    change: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [line] = [line for line in baselines.lines() if line.task == "text"]
+    monkeypatch.setattr(baselines, "lines", lambda: [line])
+    for name, seed in (("data", 1), ("other", 2)):
+        (tmp_path / name / "wikitext-2").mkdir(parents=True)
+        (tmp_path / name / "wikitext-2" / "test.txt").write_text(tiny.words(60, seed))
+    options = baselines.Options(data=tmp_path / "data", model=model, runs=tmp_path / "runs")
+    first = baselines.run(options)
+    if change == "version":
+        monkeypatch.setattr(baselines, "versions", lambda *_: {"torch": "99"})
+        monkeypatch.setattr("loralab.bench.command.versions", lambda *_: {"torch": "99"})
+    else:
+        copy = tmp_path / "other-model"
+        shutil.copytree(model, copy)
+        values = {"data": tmp_path / "other", "device": "cpu", "model": str(copy)}
+        options = replace(options, **{change: values[change]})
+    second = baselines.run(options)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    scores = [table.data["lines"][0]["scores"] for table in (first, second)]
+    assert (scores[0] != scores[1]) == (change == "data")
+    assert (second.facts["versions"] == "torch 99") == (change == "version")
 
 
 def test_a_line_that_was_cut_short_is_measured_anew(
@@ -89,7 +116,8 @@ def test_a_line_that_was_cut_short_is_measured_anew(
     monkeypatch.setattr(baselines, "lines", lambda: [line])
     options = baselines.Options(data=tmp_path, model=model, runs=tmp_path / "runs", limit=2)
     baselines.run(options)
-    path = tmp_path / "runs" / "conciseness-0"
+    [path] = (tmp_path / "runs").iterdir()
+    assert path.name.startswith("conciseness-0-")
     whole = Run.open(path).completions()
     (path / "metrics.jsonl").unlink()
     baselines.run(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from math import exp
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 
 import tiny
 from loralab.adapters.state import AdapterState, Factors
-from loralab.bench import init_memory, inits
+from loralab.bench import init_memory, init_trial, inits
 from loralab.bench.init_lab import KINDS, Budget, Kind, Lab
 from loralab.bench.init_measures import effective_rank
-from loralab.bench.init_table import table, write
+from loralab.bench.init_table import table
 from loralab.bench.init_trial import run_trial
+from loralab.bench.table import BEGIN, END
 from loralab.bench.timing import peak_rss_gb
 from loralab.errors import UserError
 
@@ -68,11 +70,16 @@ def test_a_trial_measures_everything_and_goes_into_the_table(kind: Kind, lab: La
         assert set(row["conciseness"]) == set(row["countdown"])
     else:
         assert "conciseness" not in row
-    made = inits.record(lab, kind, row)
+    made = inits.record(lab, kind, row, "the command")
     assert json.loads(json.dumps(made)) == made
     assert set(made) == {"run_info", "train_info", "meta_info", "loralab"}
-    known = replace(KINDS[0], label=kind.label)
-    assert known.label == row["label"]
+    assert made["loralab"]["setting"] == lab.setting
+    assert made["loralab"]["label"] == kind.label
+
+
+def test_evolution_here_is_measured_without_a_guard(lab: Lab) -> None:
+    assert init_trial._conciseness(lab, 0).guard is None
+    assert init_trial._countdown(lab, 0).guard is None
 
 
 def trial(label: str, seed: int, **values: Any) -> dict[str, Any]:
@@ -82,74 +89,149 @@ def trial(label: str, seed: int, **values: Any) -> dict[str, Any]:
         "garbled": False, "relative_size": 0.1, "init_cpu_seconds": 2.0,
         "losses": [2.0 - 0.1 * i for i in range(12)], "held_out_loss": 1.0 + seed,
         "gsm8k_form": 0.5, "gsm8k": 0.0, "effective_rank": 3.0, "forgetting": 0.01,
-        "train_cpu_seconds": 20.0,
+        "train_cpu_seconds": 20.0, "init": label, "seconds": 1.0, "grad_norms": [1.0] * 12,
     }  # fmt: skip
-    return {"loralab": row | values}
+    setting = {"model": "m", "gsm8k": "1f", "wikitext": "2e", "budget": {"rank": 4, "lr": 0.5}}
+    return {
+        "loralab": row | {"setting": setting, "command": "the command"} | values,
+        "run_info": {"created_at": f"2026-11-2{seed}T10:00:00+00:00"},
+        "meta_info": {
+            "package_info": {"torch": "2.0"},
+            "system_info": {"machine": "old" if seed else "new"},
+        },
+    }
 
 
 def test_the_table_holds_means_and_deviations_over_seeds(tmp_path: Path) -> None:
     rows = [trial("zero_b", 0), trial("zero_b", 1), trial("mica", 0)]
     rows[0]["loralab"]["conciseness"] = {"start": -10.0, "final": -2.0, "train_last": -3.0}
     page = tmp_path / "page.md"
-    page.write_text("# How\n\nAdvice.\n\n## Measured\n\n- Command: an old one\n\nold numbers\n")
-    write(table(rows, {"zero_b": 1.25}, Budget(), "`the command`"), page)
+    table(rows, {"zero_b": 1.25}).write(page)
     text = page.read_text()
-    assert text.startswith("# How\n\nAdvice.\n\n## Measured\n\n- Command: `the command`\n")
-    assert "old" not in text
+    for fact in (
+        "Command: `the command`", "Machine: new; old", "Dates: 2026-11-20; 2026-11-21",
+        "Seeds: 0, 1", "Trials: zero_b 2, mica 1", "Budget: rank 4, lr 0.5", "Versions: torch 2.0",
+    ):  # fmt: skip
+        assert f"- {fact}\n" in text
     assert "(0.60 to its own)" in text
     assert "| zero_b | 0.5 | 75% | 30 | 0.7 | 0% | 0.1 | 2 | 1.25 |" in text
     assert "| mica | 0.5 | 75% | 30 | 0.7 | 0% | 0.1 | 2 | - |" in text
     assert "1.5000 ± 0.7071" in text
     assert "-10.0 ± 0.0 | -2.0 ± 0.0 | -3.0 ± 0.0 | - | - | - |" in text
     assert text.count("| mica |") == 2, "no row among the evolved"
-    raw = json.loads((tmp_path / "bench-inits.json").read_text())
+    raw = json.loads((tmp_path / "page.json").read_text())
     assert raw["trials"] == rows
     assert raw["peak_gb"] == {"zero_b": 1.25}
 
 
+Made = list[tuple[str, int]]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Trials and memories (seed -1) that were measured, none of them in earnest."""
+    found: Made = []
+
+    def run_trial(_: Lab, kind: Kind, seed: int) -> dict[str, Any]:
+        found.append((kind.label, seed))
+        row: dict[str, Any] = trial(kind.label, seed)["loralab"]
+        return {key: row[key] for key in row if key not in ("setting", "command")}
+
+    def peak_alone(lab: Lab, kind: Kind) -> float:
+        assert lab.budget.sft_steps == 1
+        found.append((kind.label, -1))
+        return 1.5
+
+    monkeypatch.setattr(inits, "run_trial", run_trial)
+    monkeypatch.setattr(inits, "peak_alone", peak_alone)
+    return found
+
+
 def test_a_stopped_benchmark_goes_on_with_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lab: Lab
+    tmp_path: Path, made: Made, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[tuple[str, int]] = []
-
-    def fake(_: Lab, kind: Kind, seed: int) -> dict[str, Any]:
-        made.append((kind.label, seed))
-        extra = {"init": kind.init, "seconds": 1.0, "grad_norms": [1.0] * 12}
-        return trial(kind.label, seed, **extra)["loralab"]  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(inits, "run_trial", fake)
-    monkeypatch.setattr(inits, "Lab", lambda *_: lab)
+    page = tmp_path / "page.md"
+    page.write_text(f"# How\n\nAdvice.\n\n{BEGIN}\nold\n{END}\n\nMore advice.\n")
     words = ["--wikitext", str(lab.wikitext), "--work", str(tmp_path), "--inits", "tiny;eva"]
-    words += ["--page", str(tmp_path / "page.md"), "--gsm8k", lab.gsm8k]
+    words += ["--page", str(page), "--gsm8k", lab.gsm8k, "--model", lab.model_name]
     assert inits.main([*words, "--seeds", "0"]) == 0
+    log = tmp_path / "trials.jsonl"
+    log.write_text(log.read_text() + '{"torn')
     assert inits.main([*words, "--seeds", "0,1"]) == 0
     assert made == [("tiny", 0), ("eva", 0), ("tiny", 1), ("eva", 1)]
-    assert str(tmp_path) not in (tmp_path / "page.md").read_text(), "no path of a machine"
+    before = page.read_text()
+    assert before.startswith(f"# How\n\nAdvice.\n\n{BEGIN}\n\n- Command: `loralab bench inits")
+    assert before.endswith(f"{END}\n\nMore advice.\n")
+    assert str(tmp_path) not in before, "no path of a machine"
     with pytest.raises(UserError, match="no row 'evaa'"):
         inits.main([*words[:4], "--inits", "evaa"])
 
     # The memory of a row is measured once, and the trials and their command stay on the page.
-    before = (tmp_path / "page.md").read_text()
-    asked: list[str] = []
-
-    def peak(_: Lab, kind: Kind) -> float:
-        asked.append(kind.label)
-        return 1.5
-
-    monkeypatch.setattr(inits, "peak_in_child", peak)
+    made.clear()
     for _ in range(2):
         assert inits.main([*words[2:], "--memory"]) == 0
-    assert asked == ["tiny", "eva"]
-    after = (tmp_path / "page.md").read_text()
+    assert made == [("tiny", -1), ("eva", -1)]
+    after = page.read_text()
     assert after.count("| 1.5 |") == 2
     assert after.replace("| 1.5 |", "| - |").split("## At")[1] == before.split("## At")[1]
-    assert after.split("- Machine")[0] == before.split("- Machine")[0]
-    # Without its working directory it goes on from what the page's raw data holds.
-    (tmp_path / "trials.jsonl").unlink()
+    assert after.split("## At")[0] == before.split("## At")[0]
+    # Without its working directory, and elsewhere, it tells what the page's raw data holds.
+    log.unlink()
+    monkeypatch.setattr(inits, "machine", lambda: "another machine")
+    monkeypatch.setattr(inits, "versions", lambda *_: {"torch": "99"})
     assert inits.main([*words[2:], "--table-only"]) == 0
-    assert (tmp_path / "page.md").read_text() == after
+    assert page.read_text() == after
     with pytest.raises(UserError, match="--wikitext is missing"):
         inits.main(words[2:])
+    with pytest.raises(UserError, match="nowhere is no file"):
+        inits.main([*words[2:], "--wikitext", "nowhere"])
+
+
+def test_trials_of_another_setting_do_not_pass_for_those_asked_for(
+    tmp_path: Path, made: Made, lab: Lab
+) -> None:
+    shutil.copytree(lab.model_name, tmp_path / "other")
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(lab.wikitext.read_text() + " aa")
+    page, second = tmp_path / "page.md", tmp_path / "second.md"
+
+    def main(model: str, wikitext: Path, page: Path, *words: str) -> int:
+        given = ["--model", model, "--wikitext", str(wikitext), "--gsm8k", lab.gsm8k]
+        given += ["--work", str(tmp_path / "work"), "--page", str(page), "--inits", "tiny"]
+        return inits.main([*given, *words])
+
+    assert main(lab.model_name, lab.wikitext, page, "--seeds", "0") == 0
+    before = page.read_text()
+    for model, text, other in (
+        (str(tmp_path / "other"), lab.wikitext, "model"),
+        (lab.model_name, other_text, "wikitext"),
+    ):
+        with pytest.raises(UserError, match=f"page.md holds trials of another {other}; choose"):
+            main(model, text, page, "--seeds", "0")
+        for words in (["--seeds", "0"], ["--memory"], ["--memory"]):
+            assert main(model, text, second, *words) == 0
+        shown = json.loads(second.with_suffix(".json").read_text())["trials"]
+        assert [trial["loralab"]["setting"]["model"] for trial in shown] == [model]
+        second.with_suffix(".json").unlink()
+    assert made.count(("tiny", 0)) == 3
+    assert made.count(("tiny", -1)) == 2, "the text has no part in the memory"
+    assert page.read_text() == before
+
+
+def test_a_part_that_is_measured_anew_joins_what_was_published(
+    tmp_path: Path, made: Made, lab: Lab
+) -> None:
+    given = ["--model", lab.model_name, "--wikitext", str(lab.wikitext), "--gsm8k", lab.gsm8k]
+    given += ["--page", str(tmp_path / "page.md")]
+    first = [*given, "--work", str(tmp_path / "first"), "--inits", "tiny;eva", "--seeds", "0,1"]
+    assert inits.main(first) == 0
+    fresh = [*given, "--work", str(tmp_path / "fresh"), "--inits", "tiny", "--seeds", "1"]
+    made.clear()
+    assert inits.main(fresh) == 0
+    assert made == [("tiny", 1)]
+    text = (tmp_path / "page.md").read_text()
+    assert "- Trials: tiny 2, eva 2\n" in text
+    assert [f"--seeds {seeds}`" in text for seeds in ("0,1", "1")] == [True, True]
 
 
 @pytest.mark.slow
@@ -157,11 +239,11 @@ def test_the_memory_of_a_start_is_that_of_its_own_process(lab: Lab, tmp_path: Pa
     tiny.adapter(tiny.model("llama"), seed=1, rank=8).save(tmp_path / "trained")
     [kind] = [kind for kind in KINDS if kind.label == "warm_start"]
     held = torch.ones(300_000_000)
-    peak = init_memory.peak_in_child(replace(lab, trained=tmp_path / "trained"), kind)
+    peak = init_memory.peak_alone(replace(lab, trained=tmp_path / "trained"), kind)
     assert 0.1 < peak < peak_rss_gb() - 1, "not that of the process that asks"
     del held
     with pytest.raises(UserError, match=r"the memory of warm_start failed: .*nowhere"):
-        init_memory.peak_in_child(replace(lab, trained=tmp_path / "nowhere"), kind)
+        init_memory.peak_alone(replace(lab, trained=tmp_path / "nowhere"), kind)
 
 
 def test_the_effective_rank_is_that_of_the_product() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from loralab.bench import population
 from loralab.bench.competitors import ROWS, Garage, Options
 from loralab.bench.peers import PerturbAndRestore
-from loralab.bench.table import Section, Table
 from loralab.bench.timing import Lap, Timed, peak_rss_gb, take_turns
 from loralab.bench.workloads import Workload, build, equal_share, random_members
 from loralab.errors import UserError
@@ -88,6 +86,9 @@ def test_fp32_rows_generate_the_same_text(tokenizer: Any) -> None:
             assert [lap["tokens"] for lap in row["laps"]] == [3 * prompts * 12] * 2
             assert row["equal_to_reference"] == (None if name == "reference" else 1.0)
     assert "| PEFT, one mixed batch |" in table.markdown()
+    # With a budget rows have fewer laps than were asked for: each says how many.
+    assert "over the laps that the `laps` column gives" in table.facts["laps"]
+    assert [row[6] for row in table.sections[0].rows] == [2] * len(IN_PROCESS)
 
 
 @pytest.mark.slow
@@ -208,21 +209,13 @@ def test_peak_memory_sees_what_was_freed() -> None:
     assert peak_rss_gb() > 0.2
 
 
-def test_page_and_json_are_written_together(tmp_path: Path) -> None:
-    section = Section("Speed", "Measured.", ["way", "tokens/s", "x"], [["a|b", 1234.5, None]])
-    page = tmp_path / "docs" / "page.md"
-    Table("Title", {"machine": "one"}, [section], {"n": 1}).write(page)
-    assert "| a\\|b | 1234 | - |" in page.read_text()
-    assert json.loads(page.with_suffix(".json").read_text())["n"] == 1
-    assert sorted(p.name for p in page.parent.iterdir()) == ["page.json", "page.md"]
-
-
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--rows", "ours", "nobody"], "unknown row 'nobody'"),
         (["--workloads", "nothing"], "unknown workload 'nothing'"),
         (["--model", "./no-such-model"], "no-such-model"),
+        (["--repeats", "0"], "--repeats is 0; expected 1 or more"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(

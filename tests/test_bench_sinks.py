@@ -41,7 +41,7 @@ def test_the_ways_differ_only_where_something_was_let_go(model: Any, tmp_path: P
         model="", text=str(tmp_path / "t.txt"), separator="##", sinks=2, prompt="aa bb", seed=1
     )
     before = model.config.to_dict()
-    table, chart = sinks.run(options, loaded=(model, tiny.tokenizer()))
+    table = sinks.run(options, loaded=(model, tiny.tokenizer()))
     assert model.config.to_dict() == before
     assert table.facts["text"].startswith("3 documents of 48 tokens")
     everything, last, first = table.data["curves"].values()
@@ -62,7 +62,7 @@ def test_the_ways_differ_only_where_something_was_let_go(model: Any, tmp_path: P
     assert "±" in str(rows[1][-1])
     texts = table.data["texts"]
     assert len(set(texts.values())) == 3
-    assert chart.png[:4] == b"\x89PNG"
+    assert table.files[sinks.FIGURE][:4] == b"\x89PNG"
 
 
 def test_its_page_lies_beside_its_figure(

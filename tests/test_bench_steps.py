@@ -32,7 +32,7 @@ from loralab.bench.floor import Gemm, least, lora_flops
 from loralab.bench.gate import Gate, NoMoreLaps, Seen
 from loralab.bench.nano_gpt import NanoGPT
 from loralab.bench.timing import Lap, Timed
-from loralab.bench.work import Work, write_rows
+from loralab.bench.work import Work
 from loralab.bench.workers import Race, StepLap, Way, Worker, chosen, race, same_rows
 from loralab.errors import UserError
 from loralab.gradient.collate import as_row, flatten, pad
@@ -98,8 +98,10 @@ def stories(borders: bool) -> list[dict[str, list[int]]]:
 
 
 def work_on(folder: Path, model: str, records: Sequence[Any]) -> Work:
-    rows = write_rows(folder / "rows.json", records)
-    return Work(model, "float32", rows, steps=4, batch_size=BATCH, max_length=64, rank=4, lr=1e-2)
+    rows = str(folder / "rows.json")
+    work = Work(model, "float32", rows, steps=4, batch_size=BATCH, max_length=64, rank=4, lr=1e-2)
+    work.write(records, "the test")
+    return work
 
 
 def drive(run: Callable[[Work, Gate], None], work: Work) -> list[dict[str, Any]]:
@@ -371,7 +373,7 @@ def test_command_line_writes_the_page(
         gemm = Timed((Lap(0.0, 1.0, 1.0, 10**9),))
         return Race({**timed, sft.GEMM: gemm}, dict.fromkeys(ways, 1.0), {})
 
-    monkeypatch.setattr(sft, "pin", lambda core: core)
+    monkeypatch.setattr(step_page, "pin", lambda core: core)
     monkeypatch.setattr(step_page, "race", run_race)
     monkeypatch.chdir(tmp_path)
     rows = [{"question": f"aa bb {i}", "answer": f"cc dd {i}\n#### {i}"} for i in range(5)]
@@ -385,6 +387,50 @@ def test_command_line_writes_the_page(
     assert list(raw["ways"]) == ["trl", "loralab"]
     assert raw["command"].startswith("`loralab bench sft --quick")
     assert not Path("docs").exists()
+    # The whole of the page is of this kind, and no path of the machine is on it.
+    given[given.index(".")] = str(tmp_path)
+    assert cli.main(["bench", "sft", *given[:-2], "--out", "page.md"]) == 0
+    assert capsys.readouterr().out.count("skipped") == 0
+    assert str(tmp_path) not in Path("page.md").read_text() + Path("page.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("pretrain", ["--rows", "0"], "--rows is 0; expected 1 or more"),
+        ("sft", ["--steps", "0"], "--steps is 0; expected 1 or more"),
+        ("dpo", ["--warm", "-1"], "--warm is -1; expected 0 or more"),
+        ("sft", ["--batch-size", "0"], "--batch-size is 0; expected 1 or more"),
+        ("pretrain", ["--laps", "0"], "there is nothing to measure"),
+        ("sft", ["--laps", "0", "--curve", "2", "--ways", "peft"], "there is nothing to measure"),
+        ("sft", ["--core", "4096"], "--core 4096: Invalid argument; expected one of"),
+        ("pretrain", ["--data", "short.txt"], "short.txt: not one row to train on"),
+    ],
+)
+def test_what_would_never_end_or_measure_nothing_is_refused(
+    name: str,
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--core" not in words:
+        monkeypatch.setattr(step_page, "pin", lambda core: core)
+    monkeypatch.setattr(step_page, "race", None)
+    Path("short.txt").write_text(tiny.words(20, 0))
+    assert cli.main(["bench", name, *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_rows_are_there_before_anything_trains_on_them(tmp_path: Path) -> None:
+    work = Work("", "float32", str(tmp_path / "rows.json"), steps=1, max_length=9)
+    with pytest.raises(UserError, match="HH: not one row to train on, at a max_length of 9 tokens"):
+        work.write([], "HH")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_way() -> None:

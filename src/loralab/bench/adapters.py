@@ -11,14 +11,10 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
-import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import date
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +24,18 @@ from torch import Tensor
 
 from loralab.adapters.sine import SineLoraConfig
 from loralab.adapters.spline import LSLoraConfig
+from loralab.bench import command
+from loralab.bench.command import Say, asked, bound, told
 from loralab.bench.table import Cell, Section, Table
 from loralab.bench.timing import (
     Lap,
     Timed,
-    machine,
+    peak_in_child,
     peak_rss_gb,
     pin,
     ratio,
     seconds,
     take_turns,
-    versions,
 )
 from loralab.errors import UserError
 from loralab.gradient import fast
@@ -48,8 +45,6 @@ PAGE = Path("docs/bench-adapters.md")
 QUICK: dict[str, Any] = {"tokens": 16, "laps": 1, "peaks": ()}
 SEQUENCE = 256
 """Tokens of one sequence, at most."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -160,8 +155,9 @@ def run(options: Options, base: Any = None, say: Say = lambda _: None) -> Table:
     base: a frozen model in place of `options.model`.
 
     Raises:
-        UserError: an unknown row, too few tokens, or a model that cannot be loaded.
+        UserError: an unknown row, a number that is too small, or a model that cannot be loaded.
     """
+    command.check_counts(options)
     for name in (*options.rows, *options.peaks):
         if name not in ROWS:
             raise UserError(f"row {name!r} is unknown; expected of {', '.join(ROWS)}")
@@ -182,23 +178,19 @@ def run(options: Options, base: Any = None, say: Say = lambda _: None) -> Table:
         on_lap=lambda name, turn, lap: say(f"{name} {turn}: {lap.run:.3f} s, {lap.cpu:.3f} CPU"),
     )
     peaks = {name: _peak_in_child(name, options, say) for name in options.peaks}
-    facts = {
-        "machine": machine(),
-        "core": f"one ({core})" if core is not None else "one thread, not bound to a core",
-        "versions": ", ".join(
-            f"{name} {number}"
-            for name, number in versions("loralab", "torch", "transformers", "peft").items()
+    shape = next(iter(entrants.values())).ids.shape
+    facts = command.facts(
+        *("loralab", "torch", "transformers", "peft"),
+        core=bound(core),
+        step=(
+            f"{' x '.join(map(str, shape))} tokens, {options.dtype}, {told(options.model)}; "
+            f"adapters of rank {options.rank} on every linear of the decoder, kept in float32 "
+            "(PEFT's default); AdamW, fused"
         ),
-        "date": date.today().isoformat(),
-        "step": (
-            f"{' x '.join(map(str, next(iter(entrants.values())).ids.shape))} tokens, "
-            f"{options.dtype}, {options.model}; adapters of rank {options.rank} on every linear "
-            "of the decoder, kept in float32 (PEFT's default); AdamW, fused"
-        ),
-        "laps": f"rows take turns; {options.laps} of each after one to warm up",
-    }
+        laps=f"rows take turns; {options.laps} of each after one to warm up",
+    )
     data = {
-        "options": asdict(options),
+        "options": asked(options),
         "peak_gb": peaks,
         "rows": {
             name: {
@@ -229,17 +221,11 @@ def peak_of(name: str, options: Options, base: Any = None) -> float:
 
 
 def _peak_in_child(name: str, options: Options, say: Say) -> float:
-    """`peak_of` in a fresh process, whose memory holds this row alone."""
-    command = [
-        *(sys.executable, "-m", "loralab.bench.adapters", "--peak-of", name),
-        *("--model", options.model, "--dtype", options.dtype),
+    words = [
+        *("--peak-of", name, "--model", options.model, "--dtype", options.dtype),
         *("--tokens", str(options.tokens), "--rank", str(options.rank)),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"memory of {name}: {last}")
-    peak = float(json.loads(result.stdout)["peak_gb"])
+    peak = peak_in_child("loralab.bench.adapters", words, name)
     say(f"{name}: peak {peak:.2f} GB")
     return peak
 
@@ -299,31 +285,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 when measured, 2 for what the user can mend."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = vars(_parser().parse_args(given))
-    quick, page, raw, row = (arguments.pop(key) for key in ("quick", "out", "json", "peak_of"))
-    chosen: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in arguments.items()
-        if value is not None
-    }
-    options = Options(**{**(QUICK if quick else {}), **chosen})
-    if row is not None:
-        print(json.dumps({"peak_gb": peak_of(row, options)}))
-        return 0
-    try:
-        table = run(options, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except UserError as error:
-        print(f"loralab bench: {error}", file=sys.stderr)
-        return 2
-    command = f"`{shlex.join(['loralab', 'bench', 'adapters', *given])}`"
-    table = replace(table, facts={"command": command, **table.facts})
-    print(table.markdown())
-    if raw is not None:
-        raw.write_text(json.dumps({**table.facts, **table.data}, indent=1) + "\n")
-    if page is not None or not (quick or raw):
-        table.write(page or PAGE)
-    return 0
+    return command.main(
+        _parser(),
+        argv,
+        PAGE,
+        lambda given, say: run(Options(**given), say=say),
+        QUICK,
+        lambda row, given: peak_of(row, Options(**given)),
+    )
 
 
 if __name__ == "__main__":

@@ -7,18 +7,21 @@ done is not done again.
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from loralab import tasks
+from loralab.bench import command
+from loralab.bench.command import told
 from loralab.bench.table import Cell, Section, Table
-from loralab.bench.timing import machine, versions
+from loralab.bench.timing import versions
 from loralab.config import GenerationConfig
 from loralab.engines.base import Engine
 from loralab.errors import UserError
@@ -32,6 +35,7 @@ from loralab.tasks.metrics import Estimate
 PAGE = Path("docs/bench-baselines.md")
 RUNS = Path("runs/baselines")
 _TEXT_TOKENS = 20_000
+_PACKAGES = ("loralab", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,15 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """scores: by name. seconds: what it took when it was measured."""
+class Scored:
+    """A measured line. scores: by name. seconds: what it took. facts: where, with which versions
+    and when it was measured, as `command.facts` words them."""
 
     examples: int
     samples: int
     scores: Mapping[str, Estimate]
     seconds: float
+    facts: Mapping[str, str]
 
 
 def run(options: Options) -> Table:
@@ -103,6 +109,7 @@ def run(options: Options) -> Table:
     Raises:
         UserError: a task's files are not there, or an unknown task or model.
     """
+    command.check_counts(options)
     unknown = sorted(set(options.only) - {line.task for line in lines()})
     if unknown:
         known = ", ".join(dict.fromkeys(line.task for line in lines()))
@@ -113,12 +120,15 @@ def run(options: Options) -> Table:
     bench = _Bench(options)
     rows: list[list[Cell]] = []
     data: list[dict[str, Any]] = []
+    found: dict[str, dict[str, None]] = {}
     seconds = 0.0
     for line in chosen:
         for shots in line.shots:
             done = bench.measure(line, shots)
             seconds += done.seconds
             rows += _rows(line, shots, done, options)
+            for name, value in done.facts.items():
+                found.setdefault(name, {})[value] = None
             scores = {name: score.to_dict() for name, score in done.scores.items()}
             data.append(
                 {
@@ -128,15 +138,12 @@ def run(options: Options) -> Table:
                     "samples": done.samples,
                     "seconds": done.seconds,
                     "scores": scores,
+                    "date": done.facts["date"],
                 }
             )
     facts = {
-        "model": options.model,
-        "versions": ", ".join(
-            f"{name} {version}" for name, version in versions("loralab", "torch").items()
-        ),
-        "machine": machine(),
-        "date": date.today().isoformat(),
+        "model": told(options.model),
+        **{name: "; ".join(values) for name, values in found.items()},
         "seconds": f"{seconds:.0f} for all lines",
     }
     columns = ["task", "shots", "metric", "n", "score ± s.e.", "command"]
@@ -144,7 +151,7 @@ def run(options: Options) -> Table:
         "n: examples, the first of the test split, x completions of each (of text: tokens). ± the "
         "standard error over examples; of F1 over resampled ones. Greedy, but for pass@k, at "
         "temperature 0.8. HumanEval is a test set without a train split, so it has no shots; "
-        "perplexity has none either."
+        "perplexity has none either. DATA: what `--data` names."
     ]
     section = Section("Zero- and few-shot baselines", "", columns, rows, notes)
     return Table("Baselines", facts, [section], {"lines": data})
@@ -158,20 +165,23 @@ class _Bench:
         self._subject: Subject = subject_of(options.model, None, None, options.device)
         self._engine: Engine | None = None
 
-    def measure(self, line: Line, shots: int | None) -> Measured:
+    def measure(self, line: Line, shots: int | None) -> Scored:
+        """The line's run, made if it is not there."""
         asked = self._asked(line, shots)
-        path = self._options.runs / str(asked["name"])
-        if (path / "config.yaml").exists():
-            with Run.resume(path, asked) as done:
-                kept = [row for row in done.metrics() if "scores" in row]
-                if kept:
-                    return _measured(kept[-1])
-                done.write("completions.jsonl", "")
-                return self._fill(done, line, shots)
-        with Run.create(path, asked) as new:
-            return self._fill(new, line, shots)
+        # Of another model, data or version it is another run.
+        digest = blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=4).hexdigest()
+        path = self._options.runs / f"{asked['name']}-{digest}"
+        if not (path / "config.yaml").exists():
+            with Run.create(path, asked) as new:
+                return self._fill(new, line, shots)
+        with Run.resume(path, asked) as done:
+            if kept := [row for row in done.metrics() if "scores" in row]:
+                return _scored(done, kept[-1])
+            done.write("completions.jsonl", "")
+            return self._fill(done, line, shots)
 
-    def _fill(self, run: Run, line: Line, shots: int | None) -> Measured:
+    def _fill(self, run: Run, line: Line, shots: int | None) -> Scored:
+        run.note(measured=command.facts(*_PACKAGES))
         task = tasks.get(line.task, **_task_options(line, shots, self._options.data))
         if isinstance(task, Continuous):
             began = time.perf_counter()
@@ -184,7 +194,7 @@ class _Bench:
                 "seconds": time.perf_counter() - began,
             }
             run.log_metrics(row)
-            return _measured(row)
+            return _scored(run, row)
         if self._engine is None:
             self._engine, _ = engine_of(self._subject)
         several = line.samples > 1
@@ -198,7 +208,7 @@ class _Bench:
             samples=line.samples,
             k=(1, line.samples) if several else (),
         )
-        return _measured(run.metrics()[-1])
+        return _scored(run, run.metrics()[-1])
 
     def _asked(self, line: Line, shots: int | None) -> dict[str, Any]:
         few = "" if shots is None else f"-{shots}"
@@ -211,6 +221,9 @@ class _Bench:
             "limit": line.limit,
             "samples": line.samples,
             "max_new_tokens": line.tokens,
+            "data": str(self._options.data.resolve()) if line.folder else None,
+            "device": self._options.device,
+            "versions": versions(*_PACKAGES),
         }
 
 
@@ -226,12 +239,13 @@ def _task_options(line: Line, shots: int | None, data: Path) -> dict[str, Any]:
     return options if shots is None else {**options, "shots": shots}
 
 
-def _measured(row: Mapping[str, Any]) -> Measured:
+def _scored(run: Run, row: Mapping[str, Any]) -> Scored:
     scores = {name: Estimate(**score) for name, score in row["scores"].items()}
-    return Measured(row["examples"], row["samples"], scores, row["seconds"])
+    facts = run.environment()["measured"]
+    return Scored(row["examples"], row["samples"], scores, row["seconds"], facts)
 
 
-def _rows(line: Line, shots: int | None, done: Measured, options: Options) -> Iterator[list[Cell]]:
+def _rows(line: Line, shots: int | None, done: Scored, options: Options) -> Iterator[list[Cell]]:
     count = f"{done.examples:,}" + (f" x {done.samples}" if done.samples > 1 else "")
     few = "-" if shots is None else str(shots)
     command = f"`{_command(line, shots, options)}`"
@@ -247,7 +261,7 @@ def _shown(score: Estimate) -> str:
 
 
 def _command(line: Line, shots: int | None, options: Options) -> str:
-    words = ["loralab", "eval", options.model, "--task", line.task]
+    words = ["loralab", "eval", told(options.model), "--task", line.task]
     for key, value in _task_options(line, None, Path("DATA")).items():
         words += ["--option", f"{key}={value}"]
     if shots is not None:
@@ -275,22 +289,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 when measured, 2 for what the user can mend."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = vars(_parser().parse_args(given))
-    page = arguments.pop("out") or PAGE
-    only = tuple(arguments.pop("only") or ())
-    values = {key: value for key, value in arguments.items() if value is not None}
-    try:
-        table = run(Options(only=only, **values))
-    except UserError as error:
-        print(f"loralab bench: {error}", file=sys.stderr)
-        return 2
-    told = [word if word != str(arguments["data"]) else "DATA" for word in given]
-    command = f"`loralab bench baselines {shlex.join(told)}`"
-    table = replace(table, facts={"command": command, **table.facts})
-    print(table.markdown())
-    table.write(page)
-    return 0
+    return command.main(_parser(), argv, PAGE, lambda given, _: run(Options(**given)))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from loralab.bench.command import Say
 from loralab.bench.table import Cell, Section
 from loralab.bench.work import Work
-from loralab.bench.workers import Say, Way, Worker, same_rows
+from loralab.bench.workers import Way, Worker, same_rows
 from loralab.errors import UserError
 
 DTYPES = ("float32", "bfloat16")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +27,7 @@ from loralab.gradient.loop import quiet
 from loralab.gradient.rows import IGNORED, Row, rows_of_task
 from loralab.gradient.sft import train
 from loralab.models.load import load, locate
+from loralab.tasks.base import Split
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,20 @@ class Lab:
     wikitext: Path
     budget: Budget
     trained: Path | None = None
+
+    @cached_property
+    def setting(self) -> dict[str, Any]:
+        """What the trials of one table have in common: the model, digests of the data (None where
+        there is no such file), the budget."""
+        splits: tuple[Split, ...] = ("train", "test")
+        rows = [[dict(e.data) for e in self.task.examples(split)] for split in splits]
+        there = self.wikitext.is_file()
+        return {
+            "model": self.model_name,
+            "gsm8k": _digest(json.dumps(rows, default=str).encode()),
+            "wikitext": _digest(self.wikitext.read_bytes()) if there else None,
+            "budget": asdict(self.budget),
+        }
 
     @cached_property
     def base(self) -> tuple[Any, Any]:
@@ -216,6 +233,10 @@ class Lab:
             steps=steps or budget.sft_steps, batch_size=budget.sft_batch, lr=budget.lr, warmup=2,
             max_length=512,
         )  # fmt: skip
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

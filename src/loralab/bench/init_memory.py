@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ import torch
 
 from loralab.bench.init_lab import KINDS, Budget, Kind, Lab
 from loralab.bench.init_trial import started
-from loralab.bench.timing import peak_rss_gb
-from loralab.errors import UserError
+from loralab.bench.timing import peak_in_child, peak_rss_gb
 from loralab.gradient.loop import quiet
 from loralab.gradient.sft import train
 
@@ -30,21 +28,17 @@ def peak_of(lab: Lab, kind: Kind) -> float:
     return peak_rss_gb()
 
 
-def peak_in_child(lab: Lab, kind: Kind) -> float:
+def peak_alone(lab: Lab, kind: Kind) -> float:
     """`peak_of` in a fresh process, whose memory holds this start alone.
 
     Raises:
         UserError: it failed; the last line of what it said.
     """
-    command = [
-        *(sys.executable, "-m", "loralab.bench.init_memory", "--label", kind.label),
-        *("--model", lab.model_name, "--gsm8k", lab.gsm8k, "--trained", str(lab.reference)),
+    words = [
+        *("--label", kind.label, "--model", lab.model_name, "--gsm8k", lab.gsm8k),
+        *("--trained", str(lab.reference)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"measuring the memory of {kind.label} failed: {last}")
-    return float(json.loads(done.stdout.splitlines()[-1])["peak_gb"])
+    return peak_in_child("loralab.bench.init_memory", words, kind.label)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,59 +1,30 @@
-"""The page of the starts' benchmark: its tables, and what of an older page stays."""
+"""The page of the starts' benchmark: its tables, and the raw data behind them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from loralab import durable
-from loralab.bench.init_lab import KINDS, Budget
+from loralab.bench.command import in_words
+from loralab.bench.init_lab import KINDS
 from loralab.bench.table import Cell, Section, Table
-from loralab.bench.timing import machine, versions
-
-_MEASURED = "## Measured"
-_COMMAND = "- Command: "
-_RAW = "bench-inits.json"
-
-
-def write(made: Table, page: Path) -> None:
-    """Write a page's measured part anew, and `bench-inits.json` beside it.
-
-    What stands before the heading of the measured part stays as it is.
-    """
-    before = f"# {made.title}\n\n"
-    if page.exists():
-        before = page.read_text(encoding="utf-8").partition(_MEASURED)[0]
-    measured = made.markdown().removeprefix(f"# {made.title}\n\n")
-    raw = {"title": made.title, "facts": dict(made.facts), **made.data}
-    page.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_whole(page, f"{before}{_MEASURED}\n\n{measured}")
-    durable.write_whole(page.with_name(_RAW), json.dumps(raw, indent=1) + "\n")
 
 
 def published(page: Path, key: str, default: Any) -> Any:
-    """What the page's raw data holds, for a working directory that is gone."""
-    raw = page.with_name(_RAW)
+    """What the raw data behind a page holds."""
+    raw = page.with_suffix(".json")
     if not raw.exists():
         return default
     return json.loads(raw.read_text(encoding="utf-8")).get(key, default)
 
 
-def command_on(page: Path) -> str:
-    """The command that the page says its trials were made by."""
-    lines = page.read_text(encoding="utf-8").splitlines() if page.exists() else []
-    return next((x.removeprefix(_COMMAND) for x in lines if x.startswith(_COMMAND)), "not known")
-
-
-def table(
-    trials: Sequence[Mapping[str, Any]], peaks: Mapping[str, float], budget: Budget, command: str
-) -> Table:
+def table(trials: Sequence[Mapping[str, Any]], peaks: Mapping[str, float]) -> Table:
     """The page: step 0, fine-tuning, evolution; mean ± standard deviation over seeds.
 
-    peaks: memory in GB by label, of those that were measured.
+    trials: of one setting, one at least. peaks: memory in GB by label, of those that were measured.
     """
     rows = [trial["loralab"] for trial in trials]
     labels = [kind.label for kind in KINDS if any(r["label"] == kind.label for r in rows)]
@@ -87,14 +58,16 @@ def table(
         if any(r.get("conciseness") for r in by[label])
     ]
     seeds = sorted({r["seed"] for r in rows})
+    about = [trial["meta_info"] for trial in trials]
     facts = {
-        "Command": command,
-        "Machine": machine(),
+        "Command": _each(f"`{row['command']}`" for row in rows),
+        "Machine": _each(made["system_info"]["machine"] for made in about),
+        "Dates": _each(sorted(trial["run_info"]["created_at"][:10] for trial in trials)),
         "Seeds": ", ".join(map(str, seeds)),
         "Trials": ", ".join(f"{label} {len(by[label])}" for label in labels),
-        "Budget": ", ".join(f"{k} {v}" for k, v in asdict(budget).items()),
-        "Raw": f"[{_RAW}]({_RAW}), each trial in the JSON schema of PEFT's method_comparison",
-        "Versions": ", ".join(f"{k} {v}" for k, v in versions("peft", "torch", "trl").items()),
+        "Budget": ", ".join(f"{k} {v}" for k, v in rows[0]["setting"]["budget"].items()),
+        "Raw": "the JSON beside this page, each trial in the schema of PEFT's method_comparison",
+        "Versions": _each(in_words(made["package_info"]) for made in about),
     }
     sections = (
         Section(
@@ -156,6 +129,11 @@ def table(
     )
     return Table("Initialisations side by side", facts, sections,
                  {"trials": list(trials), "peak_gb": dict(peaks)})  # fmt: skip
+
+
+def _each(values: Iterable[str]) -> str:
+    """Different values, each once."""
+    return "; ".join(dict.fromkeys(values))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -204,6 +204,7 @@ def _evolve_config(
             "rank": lab.budget.rank, "alpha": lab.budget.alpha, "init": {"name": "tiny"},
         },
         "evolution": {"eval_every": 1000, **evolution},
+        "guard": None,
         "generation": {"max_new_tokens": tokens},
     }  # fmt: skip
     return parse_evolve(values, "bench inits")

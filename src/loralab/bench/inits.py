@@ -2,14 +2,15 @@
 
 A trial is one initialisation with one seed. Each adds a line to WORK/trials.jsonl when it is done,
 in the JSON schema of PEFT's method_comparison with our columns under `loralab`; a stopped
-benchmark goes on with the first that is missing, and the table is of what is there.
+benchmark goes on with the first that is missing. The table is of the trials that the page holds
+already and of those made now, which take the place of their like; all are of one setting (model,
+data, budget).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,19 +19,60 @@ from pathlib import Path
 from typing import Any
 
 from loralab import durable
+from loralab.bench.command import told
 from loralab.bench.init_lab import KINDS, Budget, Kind, Lab
-from loralab.bench.init_memory import peak_in_child
-from loralab.bench.init_table import command_on, published, table, write
+from loralab.bench.init_memory import peak_alone
+from loralab.bench.init_table import published, table
 from loralab.bench.init_trial import run_trial
+from loralab.bench.table import around
 from loralab.bench.timing import machine, versions
 from loralab.errors import UserError
 
 PAGE = Path("docs/initialisation.md")
 _TRIALS, _MEMORY = "trials.jsonl", "memory.jsonl"
 
+Trial = Mapping[str, Any]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, measure, write the page and its JSON."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = _parser().parse_args(words)
+    work, page = Path(given.work), Path(given.page)
+    work.mkdir(parents=True, exist_ok=True)
+    around(page)
+    kinds = _chosen(given.inits)
+    shown: list[Trial] = published(page, "trials", [])
+    peaks: dict[str, float] = published(page, "peak_gb", {})
+    if given.table_only:
+        made = durable.read_lines(work / _TRIALS)
+        setting = _setting(made[-1]) if made else {}
+    else:
+        lab = _lab(given)
+        setting = lab.setting
+        if shown and (other := _differing(setting, _setting(shown[0]))):
+            raise UserError(
+                f"{page} holds trials of another {' and '.join(other)}; choose another --page"
+            )
+        if given.memory:
+            _measure_memory(lab, kinds, work / _MEMORY)
+        else:
+            seeds = [int(seed) for seed in given.seeds.split(",")]
+            command = shlex.join(["loralab", "bench", "inits", *map(told, words)])
+            _measure(lab, kinds, seeds, work / _TRIALS, command)
+    if shown:
+        setting = _setting(shown[0])
+    trials = _merged(shown, _of(setting, durable.read_lines(work / _TRIALS)))
+    if not trials:
+        raise UserError(f"no trials in {work}, nor behind {page}: run bench inits without options")
+    measured = _of(setting, durable.read_lines(work / _MEMORY))
+    own = {row["label"]: row["peak_gb"] for row in measured}
+    table(trials, peaks | own).write(page)
+    print(f"{len(trials)} trials; {page}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loralab bench inits", description=__doc__)
     parser.add_argument("--gsm8k", default="openai/gsm8k", metavar="PATH", help="file, folder, hub")
     parser.add_argument("--wikitext", metavar="FILE", help="WikiText-2 test.txt; trials need it")
@@ -44,27 +86,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--memory", action="store_true", help="peak memory of each row, in a process of its own"
     )
     instead.add_argument("--table-only", action="store_true", help="of the trials that are there")
-    given = parser.parse_args(argv)
-    work, page = Path(given.work), Path(given.page)
-    work.mkdir(parents=True, exist_ok=True)
-    kinds, budget, command = _chosen(given.inits), Budget(), None
+    return parser
+
+
+def _lab(given: argparse.Namespace) -> Lab:
     if given.memory:
-        # What a reference was trained to does not change the memory of a start from it.
-        brief = replace(budget, sft_steps=1)
-        _measure_memory(Lab(given.model, given.gsm8k, Path(), brief), kinds, work / _MEMORY)
-    elif not given.table_only:
-        if given.wikitext is None:
-            raise UserError("bench inits: --wikitext is missing; expected WikiText-2's test.txt")
-        seeds = [int(seed) for seed in given.seeds.split(",")]
-        lab = Lab(given.model, given.gsm8k, Path(given.wikitext), budget)
-        _measure(lab, kinds, seeds, work / _TRIALS)
-        command = "`loralab bench inits " + " ".join(_without_machine(argv or sys.argv[1:])) + "`"
-    trials = _read(work / _TRIALS) or published(page, "trials", [])
-    peaks = {row["label"]: row["peak_gb"] for row in _read(work / _MEMORY)}
-    peaks = published(page, "peak_gb", {}) | peaks
-    write(table(trials, peaks, budget, command or command_on(page)), page)
-    print(f"{len(trials)} trials; {page}")
-    return 0
+        return Lab(given.model, given.gsm8k, Path(), Budget())
+    if given.wikitext is None:
+        raise UserError("bench inits: --wikitext is missing; expected WikiText-2's test.txt")
+    if not Path(given.wikitext).is_file():
+        raise UserError(f"--wikitext {given.wikitext} is no file; expected WikiText-2's test.txt")
+    return Lab(given.model, given.gsm8k, Path(given.wikitext), Budget())
+
+
+def _setting(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a trial, or of a line of memory."""
+    found: Mapping[str, Any] = row.get("loralab", row).get("setting", {})
+    return found
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What of two settings is not the same; what one of them had no part in (None) is."""
+    return [
+        key
+        for key, value in one.items()
+        if key not in other or (None not in (value, other[key]) and value != other[key])
+    ]
+
+
+def _of(setting: Mapping[str, Any], rows: Sequence[Trial]) -> list[Trial]:
+    return [row for row in rows if setting and not _differing(setting, _setting(row))]
+
+
+def _merged(*trials: Sequence[Trial]) -> list[Trial]:
+    """One trial of each start and seed, the last one."""
+    found = {(t["loralab"]["label"], t["loralab"]["seed"]): t for part in trials for t in part}
+    return list(found.values())
 
 
 def _chosen(labels: str | None) -> Sequence[Kind]:
@@ -77,14 +134,18 @@ def _chosen(labels: str | None) -> Sequence[Kind]:
     return [known[label] for label in wanted]
 
 
-def _measure(lab: Lab, kinds: Sequence[Kind], seeds: Sequence[int], log: Path) -> None:
-    done = {(t["loralab"]["label"], t["loralab"]["seed"]) for t in _read(log)}
+def _measure(
+    lab: Lab, kinds: Sequence[Kind], seeds: Sequence[int], log: Path, command: str
+) -> None:
+    durable.cut_torn_line(log)
+    made = _of(lab.setting, durable.read_lines(log))
+    done = {(trial["loralab"]["label"], trial["loralab"]["seed"]) for trial in made}
     wanted = [(kind, seed) for seed in seeds for kind in kinds]
     for number, (kind, seed) in enumerate(wanted, 1):
         if (kind.label, seed) in done:
             continue
         row = run_trial(lab, kind, seed)
-        durable.append_line(log, record(lab, kind, row))
+        durable.append_line(log, record(lab, kind, row, command))
         print(
             f"{number} of {len(wanted)}: {kind.label}, seed {seed}: KL {row['kl_0']:.2g}, "
             f"held-out loss {row['held_out_loss']:.4f}, {row['seconds']:.0f} s",
@@ -93,16 +154,21 @@ def _measure(lab: Lab, kinds: Sequence[Kind], seeds: Sequence[int], log: Path) -
 
 
 def _measure_memory(lab: Lab, kinds: Sequence[Kind], log: Path) -> None:
-    done = {row["label"] for row in _read(log)}
+    durable.cut_torn_line(log)
+    done = {row["label"] for row in _of(lab.setting, durable.read_lines(log))}
+    # What a reference was trained to does not change the memory of a start from it.
+    brief = replace(lab, budget=replace(lab.budget, sft_steps=1))
     for number, kind in enumerate(kinds, 1):
         if kind.label not in done:
-            peak = peak_in_child(lab, kind)
-            durable.append_line(log, {"label": kind.label, "peak_gb": peak})
+            peak = peak_alone(brief, kind)
+            row = {"label": kind.label, "peak_gb": peak, "setting": lab.setting}
+            durable.append_line(log, row)
             print(f"{number} of {len(kinds)}: {kind.label}: {peak:.2f} GB", flush=True)
 
 
-def record(lab: Lab, kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial in the schema of PEFT's method_comparison (its README), ours under `loralab`."""
+def record(lab: Lab, kind: Kind, row: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """A trial in the schema of PEFT's method_comparison (its README), ours under `loralab`: what
+    was measured, in which setting, by which command."""
     budget = lab.budget
     training = lab.training()
     return {
@@ -156,16 +222,5 @@ def record(lab: Lab, kind: Kind, row: Mapping[str, Any]) -> dict[str, Any]:
             "package_info": versions("loralab", "peft", "transformers", "torch", "trl"),
             "system_info": {"machine": machine()},
         },
-        "loralab": dict(row),
+        "loralab": {**row, "setting": lab.setting, "command": command},
     }
-
-
-def _read(log: Path) -> list[dict[str, Any]]:
-    if not log.exists():
-        return []
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line]
-
-
-def _without_machine(words: Sequence[str]) -> list[str]:
-    """The command with the paths of this machine cut to their last part."""
-    return [Path(word).name if os.sep in word else word for word in words]

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import shlex
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import date
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loralab.bench import command
+from loralab.bench.command import Say, asked, bound, told
 from loralab.bench.competitors import OURS, REFERENCE, ROWS, Garage, Options
 from loralab.bench.peers import Peer, Tokens
 from loralab.bench.table import Cell, Section, Table
-from loralab.bench.timing import Lap, Timed, machine, peak_rss_gb, pin, take_turns, versions
+from loralab.bench.timing import Lap, Timed, peak_in_child, peak_rss_gb, pin, take_turns
 from loralab.bench.vllm_peer import Vllm
 from loralab.bench.workloads import (
     LONG,
@@ -41,8 +38,6 @@ from loralab.errors import UserError
 
 PAGE = Path("docs/bench-population.md")
 QUICK: dict[str, Any] = {"members": 3, "tokens": 8, "repeats": 1, "long_prompts": 4, "peaks": ()}
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -91,8 +86,10 @@ def run(
     loaded: a model and its tokenizer, in place of `options.model`.
 
     Raises:
-        UserError: an unknown row or workload, or a model that cannot be loaded.
+        UserError: an unknown row or workload, a number that is too small, or a model that cannot
+            be loaded.
     """
+    command.check_counts(options)
     rows = _chosen(options)
     core = pin(options.core)
     torch.set_num_threads(1)
@@ -107,27 +104,24 @@ def run(
         for entrant in entrants.values():
             entrant.peer.close()
     peaks = {name: _peak_in_child(name, options, say) for name in options.peaks if name in entrants}
-    facts = {
-        "machine": machine(),
-        "core": f"one ({core})" if core is not None else "one thread, not bound to a core",
-        "versions": ", ".join(
-            f"{name} {number}"
-            for name, number in versions("loralab", "torch", "transformers", "peft").items()
-        ),
-        "date": date.today().isoformat(),
-        "population": (
+    facts = command.facts(
+        *("loralab", "torch", "transformers", "peft"),
+        core=bound(core),
+        population=(
             f"{options.members} members, rank {options.rank} on every linear of the decoder, RMS "
-            f"of the change {options.fraction:g} x mean |W|, {options.dtype}, {options.model}"
+            f"of the change {options.fraction:g} x mean |W|, {options.dtype}, "
+            f"{told(options.model)}"
         ),
-        "laps": f"rows take turns; medians of {options.repeats}, slowest to fastest beside them",
-    }
+        laps=(
+            "rows take turns; medians over the laps that the `laps` column gives, slowest to "
+            "fastest beside them"
+        ),
+    )
     kernels = {name: entrant.peer.detail for name, entrant in entrants.items()}
     sections = [_section(result, kernels) for result in results]
     sections += _closing(results, skipped, peaks)
     data = {
-        "options": {
-            key: str(v) if isinstance(v, Path) else v for key, v in asdict(options).items()
-        },
+        "options": asked(options),
         "kernels": kernels,
         "skipped": skipped,
         "peak_gb": peaks,
@@ -226,8 +220,8 @@ def _race(work: Workload, entrants: Mapping[str, Entrant], options: Options, say
 
 
 def _peak_in_child(name: str, options: Options, say: Say) -> float:
-    command = [sys.executable, "-m", "loralab.bench.population", "--peak-of", name]
     given: dict[str, object] = {
+        "peak-of": name,
         "model": options.model,
         "dtype": options.dtype,
         "members": options.members,
@@ -237,11 +231,8 @@ def _peak_in_child(name: str, options: Options, say: Say) -> float:
     }
     if options.core is not None:
         given["core"] = options.core
-    command += [f"--{key}={value}" for key, value in given.items()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"measuring the memory of {name} failed: {done.stderr.strip()[-300:]}")
-    peak = float(json.loads(done.stdout.splitlines()[-1])["peak_gb"])
+    words = [f"--{key}={value}" for key, value in given.items()]
+    peak = peak_in_child("loralab.bench.population", words, name)
     say(f"{name}: peak memory {peak:.2f} GB")
     return peak
 
@@ -359,32 +350,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 when measured, 2 for what the user can mend."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = vars(_parser().parse_args(given))
-    quick, page, row = (arguments.pop(key) for key in ("quick", "out", "peak_of"))
-    chosen: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in arguments.items()
-        if value is not None
-    }
-    options = Options(**{**(QUICK if quick else {}), **chosen})
-    if row is not None:
-        print(json.dumps({"peak_gb": peak_of(row, options)}))
-        return 0
-    # A plain kill must still end vLLM and remove its memory-backed files.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        table = run(options, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except UserError as error:
-        print(f"loralab bench: {error}", file=sys.stderr)
-        return 2
-    table = replace(
-        table, facts={"command": f"`loralab bench population {shlex.join(given)}`", **table.facts}
+    return command.main(
+        _parser(),
+        argv,
+        PAGE,
+        lambda given, say: run(Options(**given), say=say),
+        QUICK,
+        lambda row, given: peak_of(row, Options(**given)),
     )
-    print(table.markdown())
-    if page is not None or not quick:
-        table.write(page or PAGE)
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -22,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab import durable
+from loralab.bench import command
+from loralab.bench.command import asked
 from loralab.bench.table import Cell, Section, Table
-from loralab.bench.timing import machine, versions
 from loralab.config.pretrain import SourceConfig
 from loralab.errors import UserError
 from loralab.gradient.corpus import read_corpus
@@ -141,14 +139,15 @@ def documents_of(options: Options, tokenizer: Any, tokens: int) -> Tensor:
     return torch.tensor(found)
 
 
-def run(options: Options, loaded: tuple[Any, Any] | None = None) -> tuple[Table, Chart]:
-    """Measure; the table, and the figure of loss over place.
+def run(options: Options, loaded: tuple[Any, Any] | None = None) -> Table:
+    """Measure; the table, and beside it the figure of loss over place.
 
     loaded: a decoder and tokenizer in place of options.model.
 
     Raises:
-        UserError: the model is none of ours, or the text too short.
+        UserError: the model is none of ours, the text too short, or a number too small.
     """
+    command.check_counts(options, zero=("sinks",))
     model, tokenizer = loaded or load(options.model, dtype="float32")
     if not isinstance(model, DecoderForCausalLM):
         model = from_llama(model)
@@ -162,21 +161,22 @@ def run(options: Options, loaded: tuple[Any, Any] | None = None) -> tuple[Table,
         with keeping(model, way):
             curves[way.label] = losses(model, ids)
             texts[way.label] = tokenizer.decode(written(model, prompt, tokens, options))
-    facts = {
-        "versions": ", ".join(f"{k} {v}" for k, v in versions("loralab", "torch").items()),
-        "machine": machine(),
-        "date": date.today().isoformat(),
-        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters, read in "
-        f"contexts of {context} tokens",
-        "text": f"{len(ids)} documents of {tokens} tokens or more, cut there",
-    }
+    facts = command.facts(
+        *("loralab", "torch"),
+        model=(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, read in contexts of "
+            f"{context} tokens"
+        ),
+        text=f"{len(ids)} documents of {tokens} tokens or more, cut there",
+    )
     data = {
-        "options": asdict(options),
+        "options": asked(options),
         "curves": {label: _buckets(curve, context) for label, curve in curves.items()},
         "texts": texts,
     }
     sections = [_perplexities(curves, context), _texts(texts, tokenizer, context)]
-    return Table("Attention sinks", facts, sections, data), _chart(curves, context, options.sinks)
+    chart = _chart(curves, context, options.sinks)
+    return Table("Attention sinks", facts, sections, data, {FIGURE: chart.png})
 
 
 def _buckets(curve: Tensor, context: int) -> list[float]:
@@ -256,21 +256,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; 0 when measured, 2 for what the user can mend."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    arguments = vars(_parser().parse_args(given))
-    page = arguments.pop("out") or PAGE
-    options = Options(**{key: value for key, value in arguments.items() if value is not None})
-    try:
-        table, chart = run(options)
-    except UserError as error:
-        print(f"loralab bench: {error}", file=sys.stderr)
-        return 2
-    command = f"`loralab bench sinks {shlex.join(given)}`"
-    table = replace(table, facts={"command": command, **table.facts})
-    print(table.markdown())
-    table.write(page)
-    durable.write_whole(page.with_name(FIGURE), chart.png)
-    return 0
+    return command.main(_parser(), argv, PAGE, lambda given, _: run(Options(**given)))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
-"""The page of a step benchmark, and what the command lines of all of them have in common."""
+"""What the step benchmarks have in common: options, the race, the page, the command line.
+
+A benchmark of a kind of training is a `Bench`: the ways it compares, and how the work they are
+given is prepared.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import date
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Generic, TypeVar
 
-from loralab.bench import curves
+import torch
+
+from loralab.bench import command, curves
+from loralab.bench.command import Say, asked, bound, told
 from loralab.bench.table import Cell, Section, Table
-from loralab.bench.timing import Lap, machine, ratio, versions
+from loralab.bench.timing import Lap, pin, ratio
 from loralab.bench.work import Work
-from loralab.bench.workers import Race, Say, Way, race
+from loralab.bench.workers import Race, Way, chosen, race
 from loralab.errors import UserError
 
 
@@ -27,6 +30,9 @@ class StepOptions:
 
     ways: by name; none are all. curve: steps of the comparison of losses, 0 for none. core: the
     one that everything runs on, the last if None.
+
+    Raises:
+        UserError: a number that is too small.
     """
 
     ways: tuple[str, ...] = ()
@@ -36,30 +42,148 @@ class StepOptions:
     curve: int = 0
     core: int | None = None
 
+    def __post_init__(self) -> None:
+        command.check_counts(self, zero=("laps", "warm", "curve"))
+
     @property
     def total(self) -> int:
         """Steps that a way takes in all."""
         return self.laps * (self.warm + self.steps)
 
 
-def facts(core: int | None, **more: str) -> dict[str, str]:
-    """Where and when it was measured, then what is given."""
-    packages = versions("loralab", "torch", "transformers", "peft", "trl")
-    return {
-        "machine": machine(),
-        "core": f"one ({core})" if core is not None else "one thread, not bound to a core",
-        "versions": ", ".join(f"{name} {number}" for name, number in packages.items()),
-        "date": date.today().isoformat(),
-        **more,
-    }
+@dataclass(frozen=True)
+class LoraOptions(StepOptions):
+    """Of a benchmark that trains LoRA on a model. data: path of what it learns."""
+
+    model: str = "smollm2"
+    data: str = ""
+    dtype: str = "bfloat16"
+    batch_size: int = 8
+    max_length: int = 512
+    rank: int = 16
+
+    def work(self, folder: Path, lr: float = Work.lr) -> Work:
+        """What the ways are given, the rows in a folder."""
+        return Work(
+            model=self.model,
+            dtype=self.dtype,
+            rows=f"{folder}/rows.json",
+            steps=self.total,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            rank=self.rank,
+            lr=lr,
+        )
+
+    def adapter(self) -> str:
+        """The adapter and the model in words."""
+        return (
+            f"{self.dtype}, {told(self.model)}; LoRA of rank {self.rank} on every linear of the "
+            "decoder, kept in float32 (PEFT's default)"
+        )
+
+    def add_to(self, add: Callable[..., Any], data: str, row: str) -> None:
+        """Add the fields of this class to a command line. data, row: what they are, in words."""
+        add("--model", help=f"default {self.model}")
+        add("--data", metavar="PATH", help=f"{data}, default {self.data}")
+        add("--dtype", choices=["bfloat16", "float32"], help=f"default {self.dtype}")
+        add("--batch-size", type=int, help=f"{row}s of a step, default {self.batch_size}")
+        add("--max-length", type=int, help=f"tokens of a {row}, default {self.max_length}")
+        add("--rank", type=int, help=f"default {self.rank}")
 
 
-def laps(options: StepOptions) -> str:
-    """How it was measured, in words."""
-    return (
-        f"ways take turns; {options.laps} laps of each, of {options.steps} steps after "
-        f"{options.warm} that are not measured"
+@dataclass(frozen=True)
+class Prepared:
+    """What is raced: work whose rows are written. step: one of training, in words.
+
+    beside: what takes turns with the ways. extra: of the race, a section after its speeds. data:
+    for the page's JSON.
+    """
+
+    work: Work
+    step: str
+    beside: Mapping[str, Callable[[], Lap]] = field(default_factory=dict)
+    extra: Callable[[Race], Section] | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+O = TypeVar("O", bound=StepOptions)  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Bench(Generic[O]):
+    """A step benchmark, `loralab bench NAME`.
+
+    quick: options of `--quick`. options: the class of all of them; `arguments` adds its own fields
+    to the command line, given `add_argument` and the defaults. references: name of a way -> what
+    the columns that compare with it call it. compared: ways whose losses are compared, with those
+    of the first. prepare: the work, into a folder that lasts as long as the race.
+    """
+
+    name: str
+    about: str | None
+    title: str
+    ways: Mapping[str, Way]
+    references: Mapping[str, str]
+    options: Callable[..., O]
+    arguments: Callable[[Callable[..., Any], O], None]
+    prepare: Callable[[O, Path], Prepared]
+    quick: Mapping[str, Any]
+    compared: Sequence[str] = ()
+
+    @property
+    def page(self) -> Path:
+        return Path(f"docs/bench-{self.name}.md")
+
+
+def main(bench: Bench[Any], argv: Sequence[str] | None) -> int:
+    """Run a benchmark from the command line."""
+    return command.main(
+        _parser(bench),
+        argv,
+        bench.page,
+        lambda given, say: run(bench, bench.options(**given), say),
+        {"laps": 1, "steps": 1, "warm": 0, **bench.quick},
     )
+
+
+def run(bench: Bench[O], options: O, say: Say = lambda _: None) -> Table:
+    """Race the ways and compare their losses, as far as the options ask for it; the table.
+
+    Raises:
+        UserError: an unknown way, nothing to measure or to train on, or what `prepare` raises.
+    """
+    ways = chosen(options.ways, bench.ways)
+    compared = {name: ways[name] for name in bench.compared if name in ways and options.curve}
+    if not options.laps and not compared:
+        raise UserError("--laps is 0 and no losses are compared: there is nothing to measure")
+    core = pin(options.core)
+    torch.set_num_threads(1)
+    sections: list[Section] = []
+    data: dict[str, Any] = {"options": asked(options)}
+    with TemporaryDirectory() as folder:
+        prepared = bench.prepare(options, Path(folder))
+        work = prepared.work
+        if options.laps:
+            done = race(ways, work, options.laps, options.steps, options.warm, say, prepared.beside)
+            sections.append(speed(done, ways, bench.references))
+            if prepared.extra is not None:
+                sections.append(prepared.extra(done))
+            data["ways"] = _raw(done)
+        if compared:
+            found = curves.measure(compared, work, options.curve, say)
+            sections.append(curves.section(found, compared, next(iter(compared))))
+            data["losses"] = found.losses
+    facts = command.facts(
+        *("loralab", "torch", "transformers", "peft", "trl"),
+        core=bound(core),
+        step=prepared.step,
+        laps=(
+            f"ways take turns; {options.laps} laps of each, of {options.steps} steps after "
+            f"{options.warm} that are not measured"
+        ),
+    )
+    return Table(bench.title, facts, sections, {**prepared.data, **data})
 
 
 def speed(race: Race, ways: Mapping[str, Way], references: Mapping[str, str]) -> Section:
@@ -100,103 +224,29 @@ def speed(race: Race, ways: Mapping[str, Way], references: Mapping[str, str]) ->
     return Section("Speed and memory", "", columns, rows, notes)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What came out: sections of the page, the data behind them, and the race if there was one."""
-
-    sections: list[Section]
-    data: dict[str, Any]
-    race: Race | None
-
-
-def measure(
-    options: StepOptions,
-    ways: Mapping[str, Way],
-    work: Work,
-    references: Mapping[str, str],
-    compared: Sequence[str] = (),
-    beside: Mapping[str, Callable[[], Lap]] | None = None,
-    say: Say = lambda _: None,
-) -> Measured:
-    """Race the ways and compare their losses, as far as the options ask for it.
-
-    references: as `speed` takes them. compared: ways whose losses are compared, with those of the
-    first. beside: what takes turns with the ways.
-    """
-    sections: list[Section] = []
-    data: dict[str, Any] = {"options": asdict(options)}
-    done = None
-    if options.laps:
-        done = race(ways, work, options.laps, options.steps, options.warm, say, beside)
-        sections.append(speed(done, ways, references))
-        data["ways"] = {
-            name: {
-                "tokens_per_second": done.timed[name].tokens_per_second,
-                "peak_gb": peak,
-                "laps": [asdict(lap) for lap in done.laps(name)],
-            }
-            for name, peak in done.peaks.items()
+def _raw(race: Race) -> dict[str, Any]:
+    return {
+        name: {
+            "tokens_per_second": race.timed[name].tokens_per_second,
+            "peak_gb": peak,
+            "laps": [asdict(lap) for lap in race.laps(name)],
         }
-    there = {name: ways[name] for name in compared if name in ways}
-    if options.curve and there:
-        found = curves.measure(there, work, options.curve, say)
-        sections.append(curves.section(found, there, next(iter(there))))
-        data["losses"] = found.losses
-    return Measured(sections, data, done)
+        for name, peak in race.peaks.items()
+    }
 
 
-def arguments(
-    parser: argparse.ArgumentParser, ways: Mapping[str, Way], page: Path, curve: bool
-) -> Any:
-    """Add the options that every step benchmark has; gives `add_argument` for more."""
-    add = parser.add_argument
+def _parser(bench: Bench[Any]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"loralab bench {bench.name}", description=bench.about)
+    add, default = parser.add_argument, bench.options()
     add("--quick", action="store_true", help="one short lap of each: does it all run?")
-    add("--ways", nargs="+", metavar="NAME", help=f"of {', '.join(ways)}")
-    add("--laps", type=int, help="of each way; 0: no speed")
-    add("--steps", type=int, help="of a lap")
-    add("--warm", type=int, help="steps before each lap that are not measured")
-    if curve:
+    add("--ways", nargs="+", metavar="NAME", help=f"of {', '.join(bench.ways)}")
+    add("--laps", type=int, help=f"of each way, default {default.laps}; 0: no speed")
+    add("--steps", type=int, help=f"of a lap, default {default.steps}")
+    add("--warm", type=int, help=f"steps before each lap, not measured, default {default.warm}")
+    if bench.compared:
         add("--curve", type=int, metavar="STEPS", help="compare losses too; 0, the default: not")
     add("--core", type=int, help="default: the last one")
-    add("--out", type=Path, help=f"page to write, default {page} (none with --quick or --json)")
+    add("--out", type=Path, help=f"page, default {bench.page} (none with --quick or --json)")
     add("--json", type=Path, metavar="FILE", help="write the raw measurements here")
-    return add
-
-
-def main(
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    page: Path,
-    quick: Mapping[str, Any],
-    run: Callable[[Mapping[str, Any], Callable[[str], None]], Table],
-) -> int:
-    """Run from the command line; 0 when measured, 2 for what the user can mend.
-
-    run: gets the options that were given, and where to say how it goes.
-    """
-    given = list(sys.argv[1:] if argv is None else argv)
-    # A plain kill must still end the workers.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    values = vars(parser.parse_args(given))
-    is_quick, out, file = (values.pop(key) for key in ("quick", "out", "json"))
-    chosen = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in values.items()
-        if value is not None
-    }
-    try:
-        table = run(
-            {**(quick if is_quick else {}), **chosen},
-            lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    except UserError as error:
-        print(f"loralab bench: {error}", file=sys.stderr)
-        return 2
-    command = f"`{shlex.join([*parser.prog.split(), *given])}`"
-    table = replace(table, facts={"command": command, **table.facts})
-    print(table.markdown())
-    if file is not None:
-        file.write_text(json.dumps({**table.facts, **table.data}, indent=1) + "\n")
-    if out is not None or not (is_quick or file):
-        table.write(out or page)
-    return 0
+    bench.arguments(add, default)
+    return parser

@@ -6,13 +6,18 @@ A shared machine drifts by tens of percent within minutes. Competitors therefore
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+
+from loralab.errors import UserError
 
 GB = 1e9
 
@@ -111,15 +116,40 @@ def peak_rss_gb() -> float:
     raise OSError("/proc/self/status has no VmHWM: peak memory can be read on Linux alone")
 
 
+def peak_in_child(module: str, words: Sequence[str], what: str) -> float:
+    """`peak_rss_gb` of a fresh process, whose memory holds `what` alone.
+
+    It runs `python -m module words`, which says {"peak_gb": g} on its last line.
+
+    Raises:
+        UserError: it failed; the last line of what it said.
+    """
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"measuring the memory of {what} failed: {last}")
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_gb"])
+
+
 def pin(core: int | None) -> int | None:
     """Bind this process, and those it starts, to one core; the last available if None.
 
     Returns the core, or None where the system has no affinity (macOS).
+
+    Raises:
+        UserError: the machine has no such core, or it may not be used.
     """
     if not hasattr(os, "sched_setaffinity"):
         return None
-    chosen = max(os.sched_getaffinity(0)) if core is None else core
-    os.sched_setaffinity(0, {chosen})
+    there = os.sched_getaffinity(0)
+    chosen = max(there) if core is None else core
+    try:
+        os.sched_setaffinity(0, {chosen})
+    except OSError as error:
+        raise UserError(
+            f"--core {chosen}: {error.strerror}; expected one of {', '.join(map(str, there))}"
+        ) from error
     return chosen
 
 

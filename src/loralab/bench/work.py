@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from loralab.errors import UserError
+
 Record = dict[str, list[int]]
 
 
@@ -61,8 +63,21 @@ class Work:
         set_seed(self.seed)
         return get_peft_model(model, self.lora()), tokenizer
 
+    def write(self, records: Sequence[Any], source: str) -> None:
+        """Write the rows. source: what they were made of, in words.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not records:
+            raise UserError(
+                f"{source}: not one row to train on, at a max_length of {self.max_length} tokens; "
+                "expected more text"
+            )
+        Path(self.rows).write_text(json.dumps(records))
+
     def records(self) -> list[Any]:
-        """The rows, as they were written by `write_rows`."""
+        """The rows, as they were written."""
         found: list[Any] = json.loads(Path(self.rows).read_text())
         return found
 
@@ -75,9 +90,3 @@ class Work:
             for at in range(0, len(order), self.batch_size):
                 yield [records[i] for i in order[at : at + self.batch_size]]
             epoch += 1
-
-
-def write_rows(path: Path, records: Sequence[Any]) -> str:
-    """Write records where `Work.rows` finds them; the path."""
-    path.write_text(json.dumps(records))
-    return str(path)

@@ -16,13 +16,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from loralab.bench.command import Say
 from loralab.bench.timing import Lap, Timed, take_turns
 from loralab.bench.work import Work
 from loralab.errors import UserError
 
 COMMAND = (sys.executable, "-m", "loralab.bench.worker")
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
