@@ -37,11 +37,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# All but the first two read DATA; the last one takes an hour or two.
+# Writes the measured part of the pages in docs/. All but the first two read DATA; the last one takes
+# an hour or two.
 bench: install
-	$(BIN)/loralab bench population
+	$(BIN)/loralab bench population --budget 150
 	$(BIN)/loralab bench adapters
+	$(BIN)/loralab bench baselines --data $(DATA)
 	$(BIN)/loralab bench sft --curve 30 --data $(DATA)/gsm8k
 	$(BIN)/loralab bench dpo --data $(DATA)/hh_rlhf/helpful-base.test.jsonl.gz
-	$(BIN)/loralab bench pretrain --data $(DATA)/tinystories/tinystories_train_head_2MiB.txt.gz
+	$(BIN)/loralab bench pretrain --dtype bfloat16 --data $(DATA)/tinystories/tinystories_train_head_2MiB.txt.gz
 	$(BIN)/loralab bench inits --gsm8k $(DATA)/gsm8k --wikitext $(DATA)/wikitext-2/test.txt
