@@ -79,13 +79,19 @@ def test_trainproof_is_handed_the_file_that_its_command_reads(
     module.check_epoch = check_epoch  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "trainproof", ModuleType("trainproof"))
     monkeypatch.setitem(sys.modules, "trainproof.epoch", module)
-    rows = [*log([4.0, 2.0, 3.0, 1.0, 0.0, 9.0], grad_norm=[1, 2, 3, 4, 5, 6]), *validated({6: 1})]
+    losses = [float(step) for step in range(1, 52)]
+    rows = [*log(losses, grad_norm=losses), *validated({51: 1})]
     assert peers.trainproof(rows) == "warn"
     assert peers.trainproof_sparse(rows) == "warn"
-    assert read == [
-        ("trainer_state.json", "hf", rows),
-        ("trainer_state.json", "hf", [{"step": 5, "loss": 2.0, "grad_norm": 5}, rows[-1]]),
-    ]
+    (name, kind, whole), (_, _, sparse) = read
+    assert (name, kind, whole) == ("trainer_state.json", "hf", rows)
+    assert sparse[0] == {"step": 5, "loss": 3.0, "grad_norm": 5.0}
+    assert (len(sparse), sparse[-1]) == (11, rows[-1])
+    # A short run keeps ten rows.
+    peers.trainproof_sparse(log(losses[:29]))
+    assert [row["step"] for row in read[-1][2]] == list(range(2, 29, 2))
+    peers.trainproof_sparse(log(losses[:6]))
+    assert len(read[-1][2]) == 6
 
 
 def test_trainproof_itself_tells_a_divergence_from_a_fall() -> None:
@@ -96,7 +102,7 @@ def test_trainproof_itself_tells_a_divergence_from_a_fall() -> None:
     assert peers.trainproof(log(falling, grad_norm=norms, learning_rate=rates)) == "none"
     assert peers.trainproof(log(falling[::-1], grad_norm=norms, learning_rate=rates)) == "fail"
     assert peers.trainproof(log(falling, grad_norm=["nan"] * 60, learning_rate=rates)) == "fail"  # type: ignore[list-item]
-    assert {"trainproof", "trainproof, every 5 steps"} < set(peers.peers())
+    assert {"trainproof", "trainproof, sparse log"} < set(peers.peers())
 
 
 def test_harm_is_the_one_that_was_named() -> None:

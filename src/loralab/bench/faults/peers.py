@@ -26,7 +26,7 @@ SPIKE = 10.0
 FLAT = 0.02
 ENTROPY_RISE = 1.5
 ACCURACY_FALL = 0.1
-SPARSE = 5
+SPARSE, POINTS = 5, 10
 
 
 def trainproof(log: Log) -> Opinion:
@@ -40,8 +40,10 @@ def trainproof(log: Log) -> Opinion:
 
 
 def trainproof_sparse(log: Log) -> Opinion:
-    """The same, had the Trainer logged every SPARSE steps: single steps' losses scatter."""
-    return trainproof(list(_every(SPARSE, log)))
+    """The same, had the Trainer logged every SPARSE steps, or fewer where a run is so short that
+    this leaves under POINTS rows: single steps' losses scatter, and a few rows tell little."""
+    steps = sum("loss" in row for row in log)
+    return trainproof(list(_every(max(1, min(SPARSE, steps // POINTS)), log)))
 
 
 def _every(steps: int, log: Log) -> Iterator[Mapping[str, Any]]:
@@ -101,5 +103,5 @@ def peers() -> dict[str, Callable[[Log], Opinion]]:
     """By name; trainproof where it is installed."""
     known: dict[str, Callable[[Log], Opinion]] = {}
     if find_spec("trainproof"):
-        known = {"trainproof": trainproof, f"trainproof, every {SPARSE} steps": trainproof_sparse}
+        known = {"trainproof": trainproof, "trainproof, sparse log": trainproof_sparse}
     return known | {"loss and gradients": loss_and_gradients, "TRL's metrics": trl}

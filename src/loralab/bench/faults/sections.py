@@ -18,6 +18,7 @@ from loralab.bench.faults.judgement import (
     VISIBLE,
     Judged,
 )
+from loralab.bench.faults.peers import POINTS, SPARSE
 from loralab.bench.faults.plan import Fault
 from loralab.bench.faults.statistics import interval
 from loralab.bench.table import Cell, Section
@@ -262,8 +263,9 @@ def peers(groups: Groups, names: Sequence[str]) -> Section:
     )
     notes = [
         "trainproof is asked as its own command asks it, `trainproof epoch trainer_state.json "
-        "--format hf`, and once more as if the Trainer had logged every 5 steps; its `compare`, "
-        "which wants a known good run of the same kind, is not asked."
+        f"--format hf`, and once more (`sparse log`) as if the Trainer had logged every {SPARSE} "
+        f"steps, or as rarely as leaves {POINTS} rows; its `compare`, which wants a known good run "
+        "of the same kind, is not asked."
         if any("trainproof" in name for name in names)
         else "trainproof is not installed here, and was not asked: pip install 'loralab[peers]'.",
         "The plain rules and the limits on TRL's metrics are in bench/faults/peers.py.",
