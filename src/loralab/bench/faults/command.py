@@ -12,17 +12,17 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from loralab import durable
-from loralab.bench.faults.faults import FAULTS
-from loralab.bench.faults.healthy import CONTROLS, SETUPS
-from loralab.bench.faults.plan import Fault, Plan
-from loralab.bench.faults.tasks import KINDS, Small
+from loralab.bench.faults.items import Item as Item
+from loralab.bench.faults.items import items, plan_of
+from loralab.bench.faults.plan import Plan
+from loralab.bench.faults.tasks import Small, kinds_of
+from loralab.bench.faults.words import PARTS
 from loralab.errors import UserError
 from loralab.yaml import parse_yaml
 
@@ -31,31 +31,20 @@ CONFIGS = Path("benchmarks/faults")
 _QUICK_STEPS = 10
 
 
-@dataclass(frozen=True)
-class Item:
-    """One run to be done. kind: "fault", "control" or "healthy", which faults are set beside."""
-
-    kind: str
-    name: str
-    world: str
-    task: str
-    seed: int
-
-    @property
-    def path(self) -> Path:
-        return Path(self.world) / self.task / f"{self.kind}-{self.name}-{self.seed}.json"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, run, judge, write the page and its JSON."""
     given = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(given)
     work = Path(options.work) / ("quick" if options.quick else options.chosen)
-    wanted = items(settings(options), options)
+    asked = settings(options)
+    only = None if options.only is None else options.only.split(",")
+    wanted = items(asked["worlds"], only, options.quick)
     if options.plan:
         print("\n".join(reckoned(wanted, work)))
         return 0
     if options.margins:
+        if options.chosen != "development":
+            raise UserError("--margins: limits are set on the development set alone")
         from loralab.bench.faults.margins import margins
 
         print(margins(read(wanted, work)).markdown())
@@ -63,16 +52,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.table_only:
         if options.stories is None:
             raise UserError("bench faults: --stories is missing; expected a file of TinyStories")
-        _run(wanted, options, work)
+        _run(shard(wanted, options.shard), asked, options, work)
+    if options.shard is not None:
+        print("done; --table-only judges all that there is")
+        return 0
     from loralab.bench.faults.page import page
 
-    made = page(read(wanted, work), f"`loralab bench faults {_shown(given)}`", options.chosen)
-    if options.quick:
+    found = read(wanted, work)
+    made = page(
+        found,
+        f"`loralab bench faults {_shown(given)}`",
+        options.chosen,
+        wanted=wanted,
+        development=_development(options),
+    )
+    place = options.page or (PAGE if is_the_table(options, wanted, found) else None)
+    if place is None:
         print(made.markdown())
     else:
-        made.write(Path(options.page))
-        print(f"{options.page}")
+        made.write(Path(place))
+        print(place)
     return 0
+
+
+def _development(options: Any) -> dict[Item, Any] | None:
+    """The runs that limits are set on, of a set that is not they; a quick one has none."""
+    if options.chosen == "development" or options.quick:
+        return None
+    own = parser().parse_args(["--set", "development"])
+    work = Path(options.work) / own.chosen
+    return read(items(settings(own)["worlds"]), work) if work.is_dir() else None
+
+
+def is_the_table(options: Any, wanted: Sequence[Item], found: Mapping[Item, Any]) -> bool:
+    """Whether this is the whole unseen set, which alone PAGE is made of."""
+    part = (options.only, options.seeds, options.worlds, options.config)
+    whole = not options.quick and all(one is None for one in part)
+    return options.chosen == "unseen" and whole and len(found) == len(wanted)
+
+
+def shard(wanted: Sequence[Item], part: str | None) -> list[Item]:
+    """Every Nth from the Ith on, of all: what is done already moves none to another process.
+
+    Raises:
+        UserError: not I/N with I from 0 to N - 1.
+    """
+    if part is None:
+        return list(wanted)
+    first, _, of = part.partition("/")
+    if not (first.isdigit() and of.isdigit() and int(first) < int(of)):
+        raise UserError(f"--shard is {part!r}; expected I/N, I from 0 to N - 1, such as 0/2")
+    return list(wanted[int(first) :: int(of)])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,88 +121,18 @@ def parser() -> argparse.ArgumentParser:
         help="few steps of a smaller decoder, one seed, one task: printed",
     )
     add("--work", default="runs/bench-faults", metavar="DIR")
-    add("--page", default=str(PAGE), metavar="FILE")
+    add("--page", metavar="FILE", help=f"default: {PAGE} of the whole unseen set, else printed")
+    add("--shard", metavar="I/N", help="every Nth run from the Ith on; processes share a set")
     add("--plan", action="store_true", help="say what is to be run and how long it takes; run none")
     add("--table-only", action="store_true", help="judge the runs that are there; run none")
     add("--margins", action="store_true", help="how near healthy runs come to each limit; run none")
     return made
 
 
-def items(given: Mapping[str, Any], options: Any) -> list[Item]:
-    """All runs of a set: what faults are set beside first, so that a part can be judged."""
-    only = None if options.only is None else set(options.only.split(","))
-    known = {fault.name for fault in FAULTS} | {control.name for control in CONTROLS}
-    if only is not None and (strange := sorted(only - known)):
-        raise UserError(f"--only: no fault or control {strange[0]!r}; known: {', '.join(known)}")
-    worlds = given["worlds"]
-    if options.worlds is not None:
-        worlds = {name: worlds[name] for name in options.worlds.split(",")}
-    found: dict[Item, None] = {}
-    for world, wanted in worlds.items():
-        seeds = wanted["seeds"]
-        if options.seeds is not None:
-            seeds = [int(seed) for seed in options.seeds.split(",")]
-        if options.quick:
-            seeds, wanted = seeds[:1], {**wanted, "tasks_each": 1}
-        for seed in seeds:
-            for fault, task in _pairs(FAULTS, wanted, wanted.get("faults"), only, seed):
-                task = _plan_of(fault.setup).task or task
-                found[Item("healthy", fault.setup, world, task, seed)] = None
-                found[Item("fault", fault.name, world, task, seed)] = None
-            for control, task in _pairs(CONTROLS, wanted, wanted.get("controls"), only, seed):
-                plan = Plan()
-                control.change(plan)
-                found[Item("control", control.name, world, plan.task or task, seed)] = None
-    return sorted(found, key=lambda item: ("healthy", "fault", "control").index(item.kind))
-
-
-def _pairs(
-    table: Sequence[Any],
-    wanted: Mapping[str, Any],
-    names: Sequence[str] | None,
-    only: set[str] | None,
-    seed: int,
-) -> Iterator[tuple[Any, str]]:
-    """Each with its tasks, in turn, so that seeds and neighbours see different ones."""
-    tasks, each = wanted["tasks"], wanted["tasks_each"]
-    for number, one in enumerate(table):
-        if (names is None or one.name in names) and (only is None or one.name in only):
-            for step in range(min(each, len(tasks))):
-                yield one, tasks[(number + seed * each + step) % len(tasks)]
-
-
-def _plan_of(setup: str) -> Plan:
-    plan = Plan()
-    SETUPS[setup](plan)
-    return plan
-
-
-def plan_of(item: Item, settings: Mapping[str, Any] | None = None, quick: bool = False) -> Plan:
-    """What an item's run does. settings: of its world: steps, lr and so on."""
-    plan = Plan(**dict(settings or {}))
-    if quick:
-        plan.steps = _QUICK_STEPS
-    if item.kind == "control":
-        next(one for one in CONTROLS if one.name == item.name).change(plan)
-    else:
-        fault = fault_of(item.name) if item.kind == "fault" else None
-        SETUPS[item.name if fault is None else fault.setup](plan)
-        if fault is not None:
-            fault.change(plan)
-    if quick and plan.search is not None:
-        plan.search["generations"] = 4
-    return plan
-
-
-def fault_of(name: str) -> Fault:
-    return next(one for one in FAULTS if one.name == name)
-
-
-def _run(wanted: Sequence[Item], options: Any, work: Path) -> None:
+def _run(wanted: Sequence[Item], asked: Mapping[str, Any], options: Any, work: Path) -> None:
     from loralab.bench.faults.trial import run_trial
     from loralab.bench.faults.world import Making, World, read_stories, small_world
 
-    asked = settings(options)
     stories = read_stories(options.stories)
     making = Making(hidden=64, layers=2, steps=100) if options.quick else Making()
     folder = work if options.quick else Path(options.work)
@@ -181,26 +141,39 @@ def _run(wanted: Sequence[Item], options: Any, work: Path) -> None:
     for number, item in enumerate(todo, 1):
         if item.world not in worlds:
             worlds[item.world] = (
-                small_world(folder, stories, making)
+                small_world(folder, stories, making, asked["words"])
                 if item.world == "small"
-                else World(item.world, item.world, stories)
+                else World(item.world, item.world, stories, asked["words"])
             )
-        own = asked["worlds"][item.world].get("plan")
-        plan = plan_of(item, own, options.quick)
-        began = time.perf_counter()
+        plan = plan_of(item, asked["worlds"][item.world].get("plan"))
+        if options.quick:
+            _shorten(plan)
+        task = Small(item.task, item.seed, part=asked["words"])
+        began, cost = time.perf_counter(), time.process_time()
         try:
-            record = run_trial(plan, Small(item.task, item.seed), worlds[item.world], item.seed)
+            record = run_trial(plan, task, worlds[item.world], item.seed)
         except Exception as error:
             # A benchmark of broken runs goes on past one that breaks off; the page names it.
             record = {"error": f"{type(error).__name__}: {error}"}
-        record["seconds"] = time.perf_counter() - began
+        record |= {
+            "seconds": time.perf_counter() - began,
+            "processor_seconds": time.process_time() - cost,
+        }
         place = work / "runs" / item.path
         place.parent.mkdir(parents=True, exist_ok=True)
         durable.write_whole(place, json.dumps(plain({**vars(item), **record})) + "\n")
-        told = record.get("error") or f"score {record['used']['score']:.2f}"
+        told = record.get("error") or (
+            f"score {record['used']['score']:.2f}, the base {record['base']['score']:.2f}"
+        )
         print(
             f"{number} of {len(todo)}: {item.path}: {told}, {record['seconds']:.0f} s", flush=True
         )
+
+
+def _shorten(plan: Plan) -> None:
+    plan.steps = _QUICK_STEPS
+    if plan.search is not None:
+        plan.search["generations"] = 4
 
 
 def read(wanted: Sequence[Item], work: Path) -> dict[Item, dict[str, Any]]:
@@ -233,19 +206,30 @@ def reckoned(wanted: Sequence[Item], work: Path) -> Iterator[str]:
 
 
 def settings(options: Any) -> dict[str, Any]:
-    """What the set's file says.
+    """What the set's file says, and what the options say instead.
 
     Raises:
-        UserError: no such file, or a task that there is not.
+        UserError: no such file, or a world, words or a task that there is not.
     """
     path = Path(options.config) if options.config else CONFIGS / f"{options.chosen}.yaml"
     if not path.is_file():
         raise UserError(f"bench faults: no {path}; run in the repository, or give --config FILE")
     made: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if made.get("words") not in PARTS:
+        raise UserError(f"{path}: words {made.get('words')!r}; known: {', '.join(PARTS)}")
+    known = kinds_of(made["words"])
     for world in made["worlds"].values():
         for task in world["tasks"]:
-            if task not in KINDS:
-                raise UserError(f"{path}: task {task!r}; known: {', '.join(KINDS)}")
+            if task not in known:
+                raise UserError(f"{path}: task {task!r}; known: {', '.join(known)}")
+        if options.seeds is not None:
+            world["seeds"] = [int(seed) for seed in options.seeds.split(",")]
+    if options.worlds is not None:
+        names = options.worlds.split(",")
+        if strange := sorted(set(names) - set(made["worlds"])):
+            known = tuple(made["worlds"])
+            raise UserError(f"--worlds: no {strange[0]!r}; known: {', '.join(known)}")
+        made["worlds"] = {name: made["worlds"][name] for name in names}
     return made
 
 

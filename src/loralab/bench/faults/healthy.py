@@ -113,7 +113,7 @@ CONTROLS: tuple[Control, ...] = (
     Control("list", "answers are lists", partial(_put, task="list")),
     Control("json", "answers are JSON", partial(_put, task="json")),
     Control("one-word", "answers are one word", partial(_put, task="word")),
-    Control("style", "a deliberate change of style: all in capitals", _style),
+    Control("style", "a deliberate change of style: as a pirate says it", _style),
     Control("sums", "answers are sums, worked out", partial(_put, task="sum")),
 )  # fmt: skip
 """At least the issue's; those that name a task do the same whatever task is asked for."""

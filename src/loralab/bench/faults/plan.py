@@ -31,7 +31,8 @@ class Plan:
     whole run. on_saved: changes the files of the adapter.
     token_weight, poisoned: a factor of one token in the loss; the step whose loss is no number.
     merged: what is used in the end is the merged model. search: evolution instead of gradients,
-    with these settings. score, prompt, baseline: of an evaluation that is examined too.
+    with these settings. score, prompt: of an evaluation that is examined too; baseline_off: what
+    it reports of the base beside what it measured.
     """
 
     steps: int = 60
@@ -66,7 +67,7 @@ class Plan:
     evaluated: bool = False
     score: Callable[[Any, Example, str], Score] | None = None
     prompt: Callable[[Any, Example], Prompt] | None = None
-    baseline_off: float | None = None
+    baseline_off: float = 0.0
 
 
 Change = Callable[[Plan], None]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
@@ -14,8 +16,11 @@ from loralab.bench.faults.tasks import Small
 from loralab.bench.faults.world import World
 from loralab.config import parse_evolve
 from loralab.engines.batched import BatchedEngine
+from loralab.evolution import guarded
 from loralab.evolution.trainer import evolve
 from loralab.evolution.workbench import Workbench
+from loralab.health.reading import Reading
+from loralab.health.rules import judge
 from loralab.run import Run
 from loralab.tasks.base import Example, Score
 
@@ -35,11 +40,19 @@ class Rewarded:
 
 
 def search(plan: Plan, task: Small, world: World, seed: int, folder: Path) -> dict[str, Any]:
-    """What the search and its guard saw. The best adapter is in `folder`/run/adapter."""
+    """What the search and its guard saw: generations, and the readings that were judged, of texts
+    and of each generation's numbers. The best adapter is in `folder`/run/adapter."""
     model, tokenizer = world.open(plan.dtype)
     for change in plan.on_base:
         change(model)
     config = parse_evolve(settings(plan, world, seed), "bench faults")
+    judged: list[Reading] = []
+
+    def judge_and_keep(readings: Sequence[Reading], *rules: Any) -> Any:
+        judged.append(readings[-1])
+        return judge(readings, *rules)
+
+    began = perf_counter()
     bench = Workbench(
         BatchedEngine(model, tokenizer), targeted_weights(model, config.adapter), lambda _: None
     )
@@ -47,14 +60,18 @@ def search(plan: Plan, task: Small, world: World, seed: int, folder: Path) -> di
         Run.create(folder / "run", config.to_dict()) as run,
         # The searched task is made here and is in no registry.
         patch.object(tasks, "get", lambda name, **options: Rewarded(task, plan)),
+        # A guard writes down its looks, but not the numbers of generations that it judges.
+        patch.object(guarded, "judge", judge_and_keep),
     ):
         evolve(config, run, open_workbench=lambda _: bench)
         rows = list(run.metrics())
+    searched = perf_counter() - began
     told = durable.read_lines(folder / "run" / "findings.jsonl")
     # Other parts of a run write there too.
     findings = [row for row in told if "severity" in row and "step" in row]
     readings = durable.read_lines(folder / "run" / "readings.jsonl")
     seconds = sum(reading["seconds"] for reading in readings)
+    numbers = [one for one in judged if "es.dominance" in one.values]
     return {
         "log": [
             {"step": row["generation"] + 1, "loss": -row["reward_mean"]}
@@ -62,10 +79,12 @@ def search(plan: Plan, task: Small, world: World, seed: int, folder: Path) -> di
             if isfinite(row.get("reward_mean", float("nan")))
         ],
         "generations": rows,
+        "numbers": [one.to_json() for one in numbers],
+        "dominance": numbers[-1].values["es.dominance"] if numbers else None,
         "readings": readings,
         "findings": findings,
         "guard_seconds": seconds,
-        "guard_share": None,
+        "guard_share": seconds / (searched - seconds),
     }
 
 

@@ -151,6 +151,7 @@ def train(
                 logging_steps=1,
                 eval_strategy="steps",
                 eval_steps=EVALUATED_EVERY,
+                eval_on_start=True,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,

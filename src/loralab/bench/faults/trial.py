@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -23,6 +22,9 @@ from loralab.health.text import LONG_RUN, LOOPING, longest_run, repetition
 from loralab.tasks.base import Example, Score, Split
 
 TOKENS = 40
+"""Of an answer that is scored."""
+_EXAMINED = 16
+"""Examples that the evaluation's canaries ask; its baseline is measured on them too."""
 
 
 def run_trial(plan: Plan, task: Small, world: World, seed: int) -> dict[str, Any]:
@@ -45,8 +47,9 @@ def run_trial(plan: Plan, task: Small, world: World, seed: int) -> dict[str, Any
         trained = time.perf_counter()
         used, tokenizer = _in_use(plan, world, model, adapter)
         seen["used"] = measured(used, tokenizer, task, world)
+        seen["base"] = _base_measured(plan, task, world, seed)
         if plan.evaluated:
-            seen["evaluation"] = _evaluated(plan, task, world, used, tokenizer)
+            seen["evaluation"] = _evaluated(plan, task, world, used, tokenizer, seen)
         seen["doctor"] = _examined(plan, task, world, model, adapter, rows)
     ended = time.perf_counter()
     return {
@@ -83,6 +86,15 @@ def measured(model: Any, tokenizer: Any, task: Small, world: World) -> dict[str,
         **plain_numbers({"perplexity": nats}),
         "texts": [made.text for made in answers[:4]],
     }
+
+
+def _base_measured(plan: Plan, task: Small, world: World, seed: int) -> dict[str, Any]:
+    """`measured` of the base; once for the runs that share it."""
+    key = (task.kind, seed, plan.dtype, plan.quantization)
+    if key not in world.known:
+        world.known[key] = measured(*world.open(plan.dtype, plan.quantization), task, world)
+    found: dict[str, Any] = world.known[key]
+    return found
 
 
 def _answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> Sequence[Any]:
@@ -135,23 +147,25 @@ class Evaluation:
 
 
 def _evaluated(
-    plan: Plan, task: Small, world: World, used: Any, tokenizer: Any
+    plan: Plan, task: Small, world: World, used: Any, tokenizer: Any, seen: Mapping[str, Any]
 ) -> dict[str, float]:
-    """What the evaluation reports of the gain over the base, and what the gain is."""
+    """What the evaluation reports of the gain over the base, and what the gain is. seen: the
+    task's own `measured` of both."""
     theirs = Evaluation(task, plan)
     base, _ = world.open(plan.dtype, plan.quantization)
 
-    def share(model: Any, of: Any) -> float:
-        answers = _answers(model, tokenizer, task_prompts(of, "test"))
+    def share(model: Any) -> float:
+        answers = _answers(model, tokenizer, task_prompts(theirs, "test"))
         pairs = zip(task.examples("test"), answers, strict=False)
-        return fmean(float(bool(of.score(example, made.text).correct)) for example, made in pairs)
+        return fmean(
+            float(bool(theirs.score(example, made.text).correct)) for example, made in pairs
+        )
 
-    real, real_base = share(used, task), share(base, task)
-    told, told_base = share(used, theirs), share(base, theirs)
+    told, told_base = share(used), share(base)
     return {
-        "real": real - real_base,
-        "reported": told - (told_base + (plan.baseline_off or 0.0)),
-        "real_score": real,
+        "real": seen["used"]["score"] - seen["base"]["score"],
+        "reported": told - (told_base + plan.baseline_off),
+        "real_score": seen["used"]["score"],
         "reported_score": told,
     }
 
@@ -180,14 +194,13 @@ def _examined(
     readings = [one.to_json() for one in report.readings]
     if plan.evaluated:
         theirs = Evaluation(task, plan)
-        reported = None
-        if plan.baseline_off is not None:
-            answers = _answers(base, tokenizer, task_prompts(task, "test", 16))
-            texts = [made.text for made in answers]
-            reported = mean_reward(task, task.score, task.examples("test")[:16], texts)
-            reported += plan.baseline_off
+        asked = task_prompts(theirs, "test", _EXAMINED)
+        texts = [made.text for made in _answers(base, tokenizer, asked)]
+        examples = task.examples("test")[:_EXAMINED]
+        reported = mean_reward(theirs, theirs.score, examples, texts) + plan.baseline_off
+        canaries = CanaryProbe(theirs, limit=_EXAMINED, baseline=reported, max_new_tokens=TOKENS)
         second = Subject(_with_nothing(base), tokenizer, prompts=task_prompts(task, "test", 8))
-        reading = measure(second.look(), [CanaryProbe(theirs, baseline=reported)], 0)
+        reading = measure(second.look(), [canaries], 0)
         readings.append(reading.to_json())
         found += [one.to_json() for one in judge([reading])]
     return {"findings": found, "readings": readings, "seconds": report.seconds}
@@ -202,9 +215,3 @@ def _with_nothing(base: Any) -> Any:
 
 def _record(row: Any) -> Mapping[str, Any]:
     return {"input_ids": list(row.input_ids), "labels": list(row.labels)}
-
-
-def finite(value: Any) -> float:
-    """A number of a record; what is none is infinitely bad."""
-    number = float(value)
-    return number if isfinite(number) else float("inf")

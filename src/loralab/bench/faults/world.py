@@ -6,6 +6,7 @@ of `tasks.lessons`, made once from a seed and kept.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from loralab.bench.faults.tasks import KINDS, lessons
+from loralab.bench.faults.tasks import lessons
+from loralab.bench.faults.words import Part
 from loralab.config.pretrain import SourceConfig
 from loralab.durable import publish
 from loralab.errors import UserError
@@ -33,32 +35,39 @@ SEPARATOR = "<|endoftext|>"
 CONTEXT = 256
 _LENGTH = 96
 _HELD_OUT = 24
+_QUESTIONS = 10
 
 
 @dataclass(frozen=True)
 class Making:
-    """How the small decoder is made."""
+    """How the small decoder is made. Of every two steps one learns `batch` lessons, one a quarter
+    as many stories, which are that much longer."""
 
     hidden: int = 128
     layers: int = 4
     vocabulary: int = 1024
-    steps: int = 3000
-    batch: int = 16
+    steps: int = 3400
+    batch: int = 32
     lr: float = 3e-3
-    lessons: int = 6000
+    lessons: int = 26000
     seed: int = 0
 
 
 class World:
     """A model that many runs begin from. name: "small" or what `loralab.load` takes.
 
-    folder: where the small one is, or its weights' copy. stories: texts that no run learns; the
-    perplexity on them is a harm.
+    source: where the small one is, or its weights' copy. stories: texts that no run learns; the
+    perplexity on them is a harm. part: whose words the guard asks for.
     """
 
-    def __init__(self, name: str, source: str, stories: Sequence[str]) -> None:
-        self.name, self._source = name, source
+    def __init__(
+        self, name: str, source: str, stories: Sequence[str], part: Part = "development"
+    ) -> None:
+        self.name, self._source, self._part = name, source, part
         self._stories = stories[:_HELD_OUT]
+        self._models: dict[str, tuple[Any, Any]] = {}
+        self.known: dict[Any, Any] = {}
+        """What a run has measured of the base, for the next one."""
 
     @property
     def small(self) -> bool:
@@ -69,9 +78,13 @@ class World:
         return "float32" if self.small else "bfloat16"
 
     def open(self, dtype: str | None = None, quantization: Any = None) -> tuple[Any, Any]:
-        """A fresh model and its tokenizer."""
-        model, tokenizer = load(self._source, dtype or self.dtype, "cpu", quantization)
-        return model, tokenizer
+        """A fresh model and its tokenizer: read once, then copied."""
+        kind = dtype or self.dtype
+        if quantization is not None:
+            return load(self._source, kind, "cpu", quantization)
+        if kind not in self._models:
+            self._models[kind] = load(self._source, kind, "cpu")
+        return copy.deepcopy(self._models[kind])
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -86,12 +99,11 @@ class World:
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
-        """What the guard and the doctor ask: of the small model what it can answer, two of each
-        kind and two stories, since the shipped ones are beyond it."""
+        """What the guard and the doctor ask: of the small model what it can answer, ten questions
+        of the kinds in turn and two stories, since the shipped ones are beyond it."""
         if not self.small:
             return shipped_prompts()[:12]
-        asked = [kind for kind in KINDS if kind != "style"]
-        rows = lessons(Random("prompts"), 2 * len(asked))
+        rows = lessons(Random("prompts"), _QUESTIONS, [self._part], formal=False)
         made = [
             Prompt(messages=({"role": "user", "content": question},), good=answer)
             for question, answer in rows
@@ -112,7 +124,11 @@ def read_stories(path: str) -> list[str]:
 
 
 def small_world(
-    folder: Path, stories: Sequence[str], making: Making, tell: Callable[[str], None] = print
+    folder: Path,
+    stories: Sequence[str],
+    making: Making,
+    part: Part = "development",
+    tell: Callable[[str], None] = print,
 ) -> World:
     """The world of the small decoder, which is made where `folder` has none."""
     held_out, read = stories[:_HELD_OUT], stories[_HELD_OUT:]
@@ -131,7 +147,7 @@ def small_world(
             (part / made.name).write_text(json.dumps(asdict(making)), encoding="utf-8")
 
         publish(place, write)
-    return World("small", str(place), held_out)
+    return World("small", str(place), held_out, part)
 
 
 def make(
@@ -165,9 +181,7 @@ def make(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     encoder = RowEncoder(tokenizer)
     rows = [encoder.encode("", story) for story in stories]
-    for question, answer in asked:
-        row = encoder.encode([{"role": "user", "content": question}], answer)
-        rows.append(Row(row.input_ids, row.input_ids))
+    rows += [encoder.encode([{"role": "user", "content": q}], answer) for q, answer in asked]
     _learn(
         model, _batches(rows, len(stories), making, random, tokenizer.pad_token_id), making, tell
     )
@@ -178,9 +192,10 @@ def _batches(
     rows: Sequence[Row], stories: int, making: Making, random: Random, pad_id: int
 ) -> Iterator[dict[str, Any]]:
     """Stories and lessons in turn, without end; apart, as lessons are much shorter."""
+    few = max(1, making.batch // 4)
     while True:
-        for low, high in ((0, stories), (stories, len(rows))):
-            drawn = [rows[random.randrange(low, high)] for _ in range(making.batch)]
+        for low, high, count in ((0, stories, few), (stories, len(rows), making.batch)):
+            drawn = [rows[random.randrange(low, high)] for _ in range(count)]
             yield pad([Row(r.input_ids[:_LENGTH], r.labels[:_LENGTH]) for r in drawn], pad_id)
 
 
