@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loralab.engines.native.build import NativeUnavailableError, load
+from loralab.gradient.native.buffers import floats
 from loralab.gradient.native.parallel import one_by_one
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class AttentionKernel:
                 f"sequences of {sum(lengths)} tokens, {len(q)} queries, {tuple(k.shape)} keys and "
                 f"{tuple(v.shape)} values"
             )
-        out, sums = torch.empty_like(q), torch.empty(q.shape[:2])
+        out, sums = torch.empty_like(q), floats(*q.shape[:2])
         shape, sequences = _described(q, k, scale), _sequences(lengths)
         at = [t.data_ptr() for t in (q, k, v, out, sums)]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loralab.engines.native.build import NativeUnavailableError, load
+from loralab.gradient.native.buffers import floats
 from loralab.gradient.native.parallel import in_parts
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class LayerKernels:
         """x weight / rms(x), and 1 / rms(x) (rows,); x (..., d), weight (d,) float32."""
         d = x.shape[-1]
         rows, size = x.numel() // d, x.element_size()
-        y, inverse = torch.empty_like(x), torch.empty(rows)
+        y, inverse = torch.empty_like(x), floats(rows)
         at_x, at_y, at_i, at_w = x.data_ptr(), y.data_ptr(), inverse.data_ptr(), weight.data_ptr()
 
         def part(start: int, stop: int) -> None:
@@ -81,7 +82,7 @@ class LayerKernels:
         gx = torch.empty_like(x)
         # Sums over a fixed number of rows each: they must not depend on the number of threads.
         block = 256
-        sums = torch.zeros(-(-rows // block), d) if of_weight else None
+        sums = floats(-(-rows // block), d).zero_() if of_weight else None
         at_x, at_i, at_gy, at_gx = x.data_ptr(), inverse.data_ptr(), gy.data_ptr(), gx.data_ptr()
         at_w, at_sums = weight.data_ptr(), 0 if sums is None else sums.data_ptr()
 
@@ -157,7 +158,7 @@ class LayerKernels:
         slopes: logits are overwritten with the gradient of the sum of the losses.
         """
         rows, v = logits.shape
-        loss, size = torch.empty(rows), logits.element_size()
+        loss, size = floats(rows), logits.element_size()
         at, at_targets, at_loss = logits.data_ptr(), targets.data_ptr(), loss.data_ptr()
 
         def part(start: int, stop: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loralab.engines.native.build import NativeUnavailableError, load
+from loralab.gradient.native.buffers import floats
 from loralab.gradient.native.parallel import in_parts
 from loralab.gradient.spline_curve import Parameters
 
@@ -85,7 +86,7 @@ class SplineKernel:
     def product_forward(self, h: Tensor, b: Tensor, parameters: Parameters) -> Tensor:
         """The output for z = h B^T; h (rows, r), b (out, r), `takes_product`."""
         spline, (rows, rank), out = _described(parameters), h.shape, b.shape[0]
-        y = torch.empty(rows, out, dtype=h.dtype)
+        y = floats(rows, out, dtype=h.dtype)
         at_h, at_b, at_y = h.data_ptr(), b.data_ptr(), y.data_ptr()
 
         def part(start: int, stop: int) -> None:
@@ -109,7 +110,7 @@ class SplineKernel:
         spline, (rows, rank), out = _described(parameters), h.shape, b.shape[0]
         gz = torch.empty_like(gy)
         blocks, stride = -(-rows // self.rows), 2 * parameters.pieces * 8
-        sums = torch.empty(blocks, 2, parameters.pieces, dtype=torch.float64)
+        sums = floats(blocks, 2, parameters.pieces, dtype=torch.float64)
         at_h, at_b, at_gy, at_gz = h.data_ptr(), b.data_ptr(), gy.data_ptr(), gz.data_ptr()
         at_sums = sums.data_ptr()
 
@@ -145,7 +146,7 @@ class SplineKernel:
         spline, at_z, at_gy = _described(parameters), z.data_ptr(), gy.data_ptr()
         width, is_bf16 = z.element_size(), z.dtype == torch.bfloat16
         blocks, stride = -(-z.numel() // self.block), 2 * parameters.pieces * 8
-        sums = torch.empty(blocks, 2, parameters.pieces, dtype=torch.float64)
+        sums = floats(blocks, 2, parameters.pieces, dtype=torch.float64)
         at_sums = sums.data_ptr()
 
         def part(start: int, stop: int) -> None:
@@ -162,7 +163,7 @@ class SplineKernel:
         return z, self._gradients(spline, sums, parameters)
 
     def _gradients(self, spline: _Spline, sums: Tensor, parameters: Parameters) -> Tensor:
-        gradients = torch.empty(parameters.values.shape[0] + 3)
+        gradients = floats(parameters.values.shape[0] + 3)
         self.lib.ll_spline_gradients(spline, sums.data_ptr(), sums.shape[0], gradients.data_ptr())
         return gradients
 
