@@ -16,6 +16,7 @@ from loralab.config import AblationConfig
 from loralab.errors import UserError
 from loralab.gradient import ablation
 from loralab.gradient.events import Remark
+from loralab.report import build_report
 from loralab.run import Run
 
 
@@ -117,6 +118,11 @@ def test_every_variant_runs_with_every_seed_and_the_table_is_their_means(
     assert all(r["spline"] is None for r in rows if r["variant"] == "LoRA")
     text = (run.path / "ablation.md").read_text()
     assert "| V1 | warmer |" in text
+    page = (run.path / "report.html").read_text()
+    assert "No generation" not in page
+    for cell in ("warmer", "held-out correct", "spline moved", "Held-out completions"):
+        assert f"{cell}<" in page
+    assert text.splitlines()[-1].split(" | ")[3] in page, "the last variant's numbers"
     assert len({r["held_out_loss"] for r in rows}) == 6, "variants and seeds differ"
 
 
@@ -159,13 +165,15 @@ def test_a_stopped_ablation_goes_on_with_what_is_missing(
     made: list[tuple[str, int]] = []
     original = ablation._one
 
-    def counted(sft: Any, name: str, seed: int, run: Run) -> dict[str, Any]:
+    def counted(sft: Any, name: str, seed: int, *more: Any) -> dict[str, Any]:
         made.append((name, seed))
-        return original(sft, name, seed, run)
+        return original(sft, name, seed, *more)
 
     monkeypatch.setattr(ablation, "_one", counted)
     with Run.create(tmp_path / "cut", config.to_dict()) as run:
         assert not ablation.ablate(config, run, stopping=lambda: len(made) == 2).complete
+        page = build_report(run.path).read_text()
+        assert "Unfinished: 2 of 6 runs so far." in page
     resumed, result = pipeline.resume(tmp_path / "cut", None, lambda _: None)
     assert result.complete
     assert len(made) == len(set(made)) == 6
@@ -174,3 +182,74 @@ def test_a_stopped_ablation_goes_on_with_what_is_missing(
         return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
     assert timeless(resumed.metrics()) == timeless(whole.metrics())
+
+
+def only(given: dict[str, Any], **changes: Any) -> AblationConfig:
+    """One variant with one seed."""
+    one = {"name": "one", "set": changes}
+    adapter = {"type": "lora", "rank": 4, "target_modules": ["q_proj"]}
+    return parse(
+        {**given, "seeds": [0], "run": {**given["run"], "adapter": adapter}, "variants": [one]}
+    )
+
+
+def test_a_variant_can_train_on_a_quantised_base(given: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny.save_quantisable(tmp_path / "model")
+    losses = []
+    for number, bits in enumerate((None, "nf4")):
+        run, _ = pipeline.start(
+            only(given, quantization=bits), tmp_path / f"run-{number}", lambda _: None
+        )
+        losses.append(run.metrics()[0]["held_out_loss"])
+    assert losses[0] != losses[1]
+
+
+def test_rows_that_are_evaluated_on_are_refused_or_left_out(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    leak = {"prompt": tiny.words(15, 1), "completion": tiny.words(2, 2)}
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps(leak) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps(leak) + "\n")
+    given["run"]["data"] = {
+        "path": str(tmp_path / "data.jsonl"), "test_path": str(tmp_path / "test.jsonl")
+    }  # fmt: skip
+    with pytest.raises(UserError, match="contamination"):
+        pipeline.start(only(given), tmp_path / "run", lambda _: None)
+    said: list[Any] = []
+    config = only(given, **{"contamination.action": "drop"})
+    _, result = pipeline.start(config, tmp_path / "run", said.append)
+    assert result.complete
+    assert any("1 training rows left out" in event.text for event in said)
+
+
+def test_a_guard_looks_where_it_is_asked_to(given: dict[str, Any], tmp_path: Path) -> None:
+    assert only(given).config_of("one", 0).guard is None
+    given["run"]["guard"] = {}
+    hot = {"training.lr": 1e30, "training.max_grad_norm": 0.0}
+    run, _ = pipeline.start(only(given, **hot), tmp_path / "run", lambda _: None)
+    [row] = run.metrics()
+    assert "warn weights.large" in row["findings"]
+    assert (run.path / "guard" / "one-0" / "readings.jsonl").exists()
+
+
+def test_a_task_that_calls_nothing_right_is_judged_by_its_reward(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "text").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "text" / f"{split}.txt").write_text(tiny.words(200, len(split)))
+    given["run"].pop("data")
+    task = {"name": "text", "options": {"path": str(tmp_path / "text"), "words": 8}}
+    given["run"] |= {"task": task, "contamination": {"action": "off"}}
+    said: list[Any] = []
+    run, _ = pipeline.start(only(given), tmp_path / "run", said.append)
+    [row] = run.metrics()
+    assert row["held_out"] is None
+    assert row["held_out_reward"] >= 0
+    assert "held-out reward" in said[-1].text
+    head = (run.path / "ablation.md").read_text().splitlines()[0]
+    assert "held-out reward" in head
+    assert "correct" not in head
+    assert "spline" not in head

@@ -31,7 +31,8 @@ class AblationConfig(CommonConfig):
     """The same fine-tuning with one thing changed at a time, each with several seeds.
 
     run: an `sft` config without kind, name, model, dtype, device, seed and threads, which are
-    this config's own (`seed` is added to each of `seeds`).
+    this config's own (`seed` is added to each of `seeds`). Its guard is off unless it is written
+    out, as its looks would take a good part of such short runs; its seconds are then in theirs.
     """
 
     kind: Literal["ablation"]
@@ -55,7 +56,7 @@ class AblationConfig(CommonConfig):
             ValueError: it is no valid `sft` config, or starts from a variant that is not there.
         """
         common = {k: getattr(self, k) for k in ("model", "dtype", "device", "threads")}
-        values = {**copy.deepcopy(self.run), **common, "kind": "sft", "name": name}
+        values = {"guard": None, **copy.deepcopy(self.run), **common, "kind": "sft", "name": name}
         for variant in self._chain(name):
             for key, value in variant.set.items():
                 _set(values, key.split("."), value)
