@@ -44,9 +44,9 @@ TRAINERS: Mapping[str, tuple[str, str | None]] = {
     "pipeline": ("loralab.stages.runner:run_stages", "stage"),
 }
 """What runs a kind of config, imported when it does, and what a signal waits for the end of."""
-WITHOUT_REPORT = {"distill", "ablation", "eval"}
 TOGETHER = ("sft", "pretrain", "dpo", "verifier", "classify", "seq2seq")
 """Kinds that several processes can train together, as `accelerate launch` starts them."""
+_BEGINNING = {"config.yaml", "environment.json", "timings.json", ".lock", START}
 
 
 class Result(Protocol):
@@ -79,7 +79,8 @@ def start(config: AnyConfig, directory: Path, on_event: OnEvent) -> tuple[Run, R
 
     Raises:
         UserError: something the user can mend. If the run never began, the directory is
-            removed again, so that the mended command can be repeated as it is.
+            removed again, so that the mended command can be repeated as it is; whatever it made
+            before is kept, with its config, for --resume.
     """
     if isinstance(config, PipelineConfig) and (directory / "config.yaml").exists():
         return resume(directory, config, on_event)
@@ -89,7 +90,7 @@ def start(config: AnyConfig, directory: Path, on_event: OnEvent) -> tuple[Run, R
     try:
         return run, _finish(config, run, on_event)
     except UserError:
-        if run.leads and not run.journal_path.exists() and not run.metrics():
+        if run.leads:
             _discard(run, existed)
         raise
     finally:
@@ -179,7 +180,7 @@ def _finish(config: AnyConfig, run: Run, on_event: OnEvent) -> Result:
     train: Callable[..., Result] = getattr(import_module(module), name)
     # Evolution watches for signals itself: it has generations in flight to tell of.
     result = _watched(train, unit, config, run, on_event) if unit else train(config, run, on_event)
-    if run.leads and config.kind not in WITHOUT_REPORT:
+    if run.leads:
         build_report(run.path)
     # A launcher ends all processes when one has ended unfinished: the report comes first.
     ranks.wait()
@@ -211,12 +212,17 @@ def _silent(event: Event | TrainingEvent) -> None:
 
 
 def _discard(run: Run, existed: bool) -> None:
-    """Take away a run that never began; whatever else lies in the directory stays."""
+    """Take away a run that never began: it made nothing but what every run begins with."""
+    files = (path.relative_to(run.path) for path in run.path.rglob("*") if not path.is_dir())
+    if not {file.parts[0] for file in files} <= _BEGINNING:
+        return
     run.close()
-    for name in ("config.yaml", "environment.json", "timings.json", ".lock"):
-        with contextlib.suppress(OSError):
-            (run.path / name).unlink()
-    shutil.rmtree(run.path / START, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for entry in run.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
     if not existed:
         with contextlib.suppress(OSError):
             run.path.rmdir()

@@ -1,17 +1,11 @@
-"""A run directory becomes one HTML file that needs nothing else, no network and no script.
-
-Everything a model or a config wrote is text to the template (autoescape); the Content-Security-
-Policy forbids scripts and fetching, so that even a mistake here could not run model text.
-"""
+"""A run directory becomes one HTML file that needs nothing else, no network and no script."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
@@ -19,6 +13,12 @@ from loralab import durable
 from loralab.report import plots, text
 from loralab.report.chart import Chart
 from loralab.report.health import finding_view, texts_by_look
+from loralab.report.outcomes import (
+    build_ablation_page,
+    build_distillation_page,
+    build_eval_page,
+    build_scores_page,
+)
 from loralab.report.pretraining import (
     pretraining_charts,
     pretraining_tiles,
@@ -26,6 +26,7 @@ from loralab.report.pretraining import (
 )
 from loralab.report.stages import build_stages_page
 from loralab.report.summary import Change, Pair, Summary, summarise
+from loralab.report.template import PAGE, render
 from loralab.report.training import TrainingSummary, summarise_training, training_charts
 from loralab.run import Run
 
@@ -36,7 +37,14 @@ MOST_SAMPLES = 30
 MOST_STEPS = 6
 """Completions between before and after that one example shows, evenly spread."""
 
-_HERE = Path(__file__).parent
+_OWN: Mapping[str, Callable[[Run], Path]] = {
+    "ablation": build_ablation_page,
+    "distill": build_distillation_page,
+    "eval": build_eval_page,
+    "pipeline": build_stages_page,
+    "task-eval": build_scores_page,
+}
+"""Kinds whose page is one of tables."""
 
 
 def build_report(run_path: str | Path) -> Path:
@@ -54,38 +62,15 @@ def build_report(run_path: str | Path) -> Path:
         UserError: there is no run, it is damaged, or the directory cannot be written.
     """
     run = Run.open(run_path)
-    if run.config.get("kind") == "pipeline":
-        return build_stages_page(run)
+    own = _OWN.get(str(run.config.get("kind")))
+    if own is not None:
+        return own(run)
     view = view_of(run)
     for chart in view["charts"]:
         durable.write_whole(run.figures / f"{chart.name}.png", chart.png)
-    target = run.path / "report.html"
-    durable.write_whole(target, render([view]))
+    target = run.path / PAGE
+    durable.write_whole(target, render("page.html.j2", views=[view]))
     return target
-
-
-def render(views: list[dict[str, Any]]) -> str:
-    """The page for one or more runs, each as `view_of` gives it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=text.number,
-        share=text.share,
-        duration=text.duration,
-        visible=text.visible,
-        prompt=text.prompt_text,
-        phrase=_phrase,
-    )
-    style = Markup((_HERE / "page.css").read_text(encoding="utf-8"))
-    written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return environment.get_template("page.html.j2").render(
-        views=views, style=style, written=written
-    )
 
 
 def view_of(run: Run) -> dict[str, Any]:
@@ -171,7 +156,7 @@ def _common(
     shown = pairs[:MOST_EXAMPLES]
     return {
         "name": str(run.config.get("name") or run.path.resolve().name),
-        "subtitle": _subtitle(run.config),
+        "subtitle": text.subtitle(run.config),
         "unit": unit,
         "tone": verdict[0],
         "verdict": verdict[1],
@@ -283,23 +268,5 @@ def _spread(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, A
     return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
 
 
-def _subtitle(config: Mapping[str, Any]) -> str:
-    task = config.get("task")
-    name = task.get("name") if isinstance(task, Mapping) else task
-    parts = [config.get("kind"), config.get("model"), name, config.get("dtype")]
-    seed = config.get("seed")
-    return " · ".join(
-        [str(part) for part in parts if part] + ([f"seed {seed}"] * (seed is not None))
-    )
-
-
 def _flat(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), _phrase(value)) for key, value in facts.items()]
-
-
-def _phrase(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_phrase(part)}" for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return "; ".join(_phrase(part) for part in value)
-    return text.MISSING if value is None else str(value)
+    return [(key.replace("_", " "), text.phrase(value)) for key, value in facts.items()]

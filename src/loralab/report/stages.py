@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import yaml
-from markupsafe import Markup
-
 from loralab import durable
 from loralab.errors import UserError
+from loralab.report.tables import Table, read_json, write_tables
+from loralab.report.template import PAGE
 from loralab.report.text import MISSING, is_number, number, share
 from loralab.run import Run
 
 TABLE = "table"
 """The table of a pipeline's run: TABLE.json and TABLE.md, of the stages that are done."""
-
-_HERE = Path(__file__).parent
-_PAGE = "report.html"
 
 
 def build_stages_page(run: Run) -> Path:
@@ -30,39 +23,29 @@ def build_stages_page(run: Run) -> Path:
     Raises:
         UserError: the run is damaged, or the directory cannot be written.
     """
-    table = read_table(run)
+    table = read_table(run) or {
+        "columns": [], "rows": [], "unfinished": list(run.config["stages"])
+    }  # fmt: skip
     begun = {row["directory"]: row for row in durable.read_lines(run.journal_path)}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    stages = Table(
+        "Stages",
+        header(table),
+        [cells(row, table["columns"]) for row in table["rows"]],
+        [_link(run, row["directory"]) for row in table["rows"]],
     )
-    page = environment.get_template("stages.html.j2").render(
-        name=str(run.config.get("name")),
-        unfinished=list(run.config["stages"]) if table is None else table["unfinished"],
-        header=[] if table is None else header(table),
-        rows=[] if table is None else [
-            {"cells": cells(row, table["columns"]), "link": _link(run, row["directory"])}
-            for row in table["rows"]
-        ],
-        directories=[
-            {
-                "name": name,
-                "stage": row["stage"],
-                "state": "done" if row["event"] == "finished" else "begun, not finished",
-                "link": _link(run, name),
-            }
+    directories = Table(
+        "Run directories",
+        ["directory", "stage", "state"],
+        [
+            [name, row["stage"], "done" if row["event"] == "finished" else "begun, not finished"]
             for name, row in begun.items()
         ],
-        config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )  # fmt: skip
-    target = run.path / _PAGE
-    durable.write_whole(target, page)
-    return target
+        [_link(run, name) for name in begun],
+    )
+    left = table["unfinished"]
+    return write_tables(
+        run, [f"Unfinished: {', '.join(left)}."] if left else [], [stages, directories]
+    )
 
 
 def read_table(run: Run) -> dict[str, Any] | None:
@@ -71,15 +54,9 @@ def read_table(run: Run) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged.
     """
-    path = run.path / f"{TABLE}.json"
-    if not path.exists():
-        return None
-    try:
-        table = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}); run the pipeline again") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: is damaged; run the pipeline again")
+    table = read_json(run, f"{TABLE}.json")
+    if table is not None and not isinstance(table, dict):
+        raise UserError(f"{run.path / TABLE}.json: is damaged; run it again")
     return table
 
 
@@ -96,9 +73,9 @@ def cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     return [
         named,
         str(row["kind"]),
-        _millions(row.get("parameters")),
-        _millions(row.get("trained")),
-        *[_measured(row["measures"].get(column)) for column in columns],
+        millions(row.get("parameters")),
+        millions(row.get("trained")),
+        *[measured(row["measures"].get(column)) for column in columns],
         row.get("result") or MISSING,
     ]
 
@@ -111,20 +88,21 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "".join(f"| {' | '.join(_one_line(cell) for cell in line)} |\n" for line in lines)
 
 
-def _measured(found: Mapping[str, Any] | None) -> str:
+def measured(found: Mapping[str, Any] | None) -> str:
+    """What an evaluation gave, in a cell: perplexity, or share correct, else reward."""
     if found is None:
         return MISSING
     if "perplexity" in found:
         return number(found["perplexity"])
-    said = [f"reward {number(found['reward'])}"] if found.get("correct") is None else []
-    if found.get("correct") is not None:
-        said.append(share(found["correct"]))
+    right = found.get("correct")
+    said = [f"reward {number(found['reward'])}" if right is None else share(right)]
     if is_number(found.get("f1")):
         said.append(f"F1 {number(found['f1'])}")
     return ", ".join(said)
 
 
-def _millions(count: object) -> str:
+def millions(count: object) -> str:
+    """A number of parameters."""
     if not is_number(count):
         return MISSING
     value = float(count)  # type: ignore[arg-type]
@@ -136,6 +114,6 @@ def _one_line(cell: str) -> str:
 
 
 def _link(run: Run, directory: str | None) -> str | None:
-    if directory is None or not (run.path / directory / _PAGE).exists():
+    if directory is None or not (run.path / directory / PAGE).exists():
         return None
-    return f"{directory}/{_PAGE}"
+    return f"{directory}/{PAGE}"

@@ -108,3 +108,23 @@ def _escape(character: str) -> str:
     if character in "\n\t\u200c\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs"):
         return character
     return character.encode("unicode_escape").decode("ascii")
+
+
+def subtitle(config: Mapping[str, Any]) -> str:
+    """What a run is about: kind, model, task, dtype and seed, as far as its config has them."""
+    task = config.get("task")
+    name = task.get("name") if isinstance(task, Mapping) else task
+    parts = [config.get("kind"), config.get("model"), name, config.get("dtype")]
+    seed = config.get("seed")
+    return " · ".join(
+        [str(part) for part in parts if part] + ([f"seed {seed}"] * (seed is not None))
+    )
+
+
+def phrase(value: Any) -> str:
+    """Plain nested values in a line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {phrase(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(phrase(part) for part in value)
+    return MISSING if value is None else str(value)
