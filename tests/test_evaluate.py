@@ -22,6 +22,7 @@ from loralab.errors import UserError
 from loralab.evaluate import Evaluation, engine_of, evaluate
 from loralab.models.decoder import DecoderConfig, DecoderForCausalLM
 from loralab.models.load import load
+from loralab.report import build_report
 from loralab.run import Run
 from loralab.subject import subject_of
 from loralab.tasks.base import Example, Prompt, Score, Split
@@ -346,6 +347,42 @@ def test_other_runs_say_what_the_adapter_is_for(model: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"adapter .* is not for model"):
         subject_of(model, str(tmp_path / "run" / "adapter"), "float32", "cpu").open()
     assert isinstance(AdapterState.load(tmp_path / "run" / "adapter"), AdapterState)
+
+
+@pytest.mark.parametrize(
+    "words", [("--samples", "3"), ("--k", "1"), ("--temperature", "0.8"), ("--stop", "x")]
+)
+def test_a_text_takes_no_options_of_answers(
+    tmp_path: Path, capsys: Any, words: tuple[str, str]
+) -> None:
+    (tmp_path / "test.txt").write_text(tiny.words(40, 0))
+    given = ["--task", "text", "--option", f"path={tmp_path}", "--out", str(tmp_path / "out")]
+    assert cli.main(["eval", "smollm2", *given, *words]) == 2
+    assert f"{words[0]} is about answers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_asked_is_written_down_as_it_was_resolved(
+    model: str, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "answers"
+    words = ["--dtype", "float32", "--samples", "3", "--temperature", "1", "--limit", "2"]
+    assert loralab("eval", model, *words, "--out", str(out)) == 0
+    config = Run.open(out).config
+    assert config["k"] == [1, 3]
+    assert config["generation"] == GenerationConfig(max_new_tokens=4, temperature=1).model_dump(
+        mode="json"
+    )
+    page = build_report(out).read_text()
+    assert "pass@3" in page
+    assert "No generation" not in page
+    (tmp_path / "test.txt").write_text(tiny.words(40, 0))
+    given = ["--task", "text", "--option", f"path={tmp_path}", "--out", str(tmp_path / "text")]
+    assert cli.main(["eval", model, "--dtype", "float32", "--limit", "20", *given]) == 0
+    config = Run.open(tmp_path / "text").config
+    assert config["limit"] == 20
+    assert not {"k", "samples", "shots", "generation"} & set(config)
+    assert "perplexity" in build_report(tmp_path / "text").read_text()
 
 
 def test_shots_of_a_task_that_has_none(model: str, capsys: Any) -> None:

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 Options = Callable[[argparse.Namespace], dict[str, Any]]
 
+_OF_ANSWERS = ("samples", "k", "shots", "stop", "max_new_tokens", "temperature", "seed")
+"""Options about completions, of which a text's perplexity has none."""
+
 
 def add(parser: argparse.ArgumentParser, task_options: Options) -> None:
-    """Arguments of the command beside the model's, the task's and sampling's.
+    """Arguments of the command beside the model's, the task's and sampling's, which are there.
 
     task_options: options of the task from the parsed arguments.
     """
-    parser.set_defaults(task_options=task_options)
     add = parser.add_argument
     add("--task", required=True, metavar="NAME")
     add("--samples", type=int, default=1, metavar="N", help="completions of each example")
@@ -33,6 +35,8 @@ def add(parser: argparse.ArgumentParser, task_options: Options) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
     add("--out", metavar="DIR", help="what is written, default runs/eval-TASK-DATE-TIME")
     add("--json", action="store_true", help="everything, completions included; a line per --shots")
+    unsaid = {name: parser.get_default(name) for name in _OF_ANSWERS}
+    parser.set_defaults(task_options=task_options, unsaid=unsaid)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     directory = _directory(arguments.out, arguments.task)
     asked = _asked(arguments, options, subject)
     if isinstance(made[0][1], Continuous):
+        _refuse_of_answers(arguments)
         return _perplexity(arguments, made[0][1], subject, directory, asked)
     settings = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens,
@@ -61,7 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
         stop=tuple(arguments.stop),
     )
     samples = arguments.samples
-    k = arguments.k or ((1, samples) if samples > 1 else ())
+    k = arguments.k or ([1, samples] if samples > 1 else [])
+    asked |= {
+        "shots": arguments.shots,
+        "samples": samples,
+        "k": k,
+        "generation": settings.model_dump(mode="json"),
+    }
     for _, task in made:
         wanted(task, settings, arguments.split, arguments.limit, samples, k)
     engine, adapter = engine_of(subject)
@@ -110,7 +121,16 @@ def _perplexity(
     return 0
 
 
-def score_text(score: Estimate) -> str:
+def _refuse_of_answers(arguments: argparse.Namespace) -> None:
+    for name in _OF_ANSWERS:
+        if getattr(arguments, name) != arguments.unsaid[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} is about answers, and {arguments.task} is a text "
+                "whose perplexity is taken: leave it out"
+            )
+
+
+def _score_text(score: Estimate) -> str:
     """A score with its error, as "0.25 ± 0.04"."""
     from loralab.report.text import number
 
@@ -122,7 +142,7 @@ def _table_rows(shots: int | None, result: Evaluation) -> list[list[str]]:
     count = str(result.examples) + (f" x {result.samples}" if result.samples > 1 else "")
     few = "-" if shots is None else str(shots)
     rows = [
-        [result.task, few, name, count, score_text(score), _interval(score)]
+        [result.task, few, name, count, _score_text(score), _interval(score)]
         for name, score in result.scores.items()
     ]
     if result.failed:
@@ -148,7 +168,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _asked(
     arguments: argparse.Namespace, options: Mapping[str, Any], subject: Subject
 ) -> dict[str, Any]:
-    """What `config.yaml` says of the evaluation, all of it resolved."""
+    """What `config.yaml` says of any evaluation; of one by answers, how they are made too."""
     return {
         "kind": "task-eval",
         "name": f"eval-{arguments.task}",
@@ -159,16 +179,8 @@ def _asked(
         "quantization": subject.quantization,
         "seed": arguments.seed,
         "task": {"name": arguments.task, "options": dict(options)},
-        "shots": arguments.shots,
         "split": arguments.split,
         "limit": arguments.limit,
-        "samples": arguments.samples,
-        "k": arguments.k,
-        "generation": {
-            "max_new_tokens": arguments.max_new_tokens,
-            "temperature": arguments.temperature,
-            "stop": list(arguments.stop),
-        },
     }
 
 
