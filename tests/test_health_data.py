@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ import starts
 import tiny
 from loralab.data.documents import Document
 from loralab.health.data import (
-    IGNORED,
     DataProbe,
     Tokens,
     base_values,
@@ -22,6 +22,10 @@ from loralab.health.data import (
     tokens_of,
     tokens_of_batch,
 )
+from loralab.health.look import Subject
+from loralab.health.pairs import IGNORED, pairs_of
+from loralab.health.reading import Reading
+from loralab.health.rules import causes, judge
 
 
 def row(prompt: Sequence[int], answer: Sequence[int], end: bool = True) -> Tokens:
@@ -49,7 +53,14 @@ FAULTS = ("all_masked", "eos_missing", "pad_is_eos_masked", "double_bos", "trunc
 def test_healthy_rows_have_nothing() -> None:
     values = facts(healthy(), max_length=64)
     assert values["data.rows"] == 12
-    for name in (*FAULTS, "duplicate_share", "template_mismatch", "newline_share"):
+    for name in (
+        *FAULTS,
+        "blank",
+        "empty",
+        "duplicate_share",
+        "template_mismatch",
+        "newline_share",
+    ):
         assert values[f"data.{name}"] == 0.0, name
     assert values["data.top_token_share"] <= 0.15
 
@@ -114,6 +125,16 @@ def test_line_breaks_are_counted_among_learned_tokens_alone() -> None:
     assert row_facts(rows, Breaks(), {1}).values["data.newline_share"] == 0.5
 
 
+def test_answers_that_cannot_be_seen() -> None:
+    breaks = Tokens((4, 9, 50, 1), (IGNORED, 9, 50, 1))
+    nothing = Tokens((4, 5, 1), (IGNORED, IGNORED, 1))
+    text = Tokens((4, 5, 9, 1), (IGNORED, 5, 9, 1))
+    values = row_facts([breaks, nothing, text, text], Breaks(), {1}).values
+    assert (values["data.blank"], values["data.empty"]) == (0.25, 0.25)
+    # In tokens the line breaks are few: a break of any length may be one.
+    assert values["data.newline_share"] < 0.5
+
+
 def test_marks_of_another_template() -> None:
     made = tiny.tokenizer()
     assert foreign_template("[INST] hi [/INST]", made) == "Llama 2"
@@ -162,30 +183,138 @@ def learned_pairs(model: Any, count: int = 16) -> list[Tokens]:
     return rows
 
 
+def read(model: Any, rows: Sequence[Tokens]) -> dict[str, float]:
+    made = pairs_of(rows, {tiny.EOS})
+    assert made is not None
+    return base_values(model, made)[0]
+
+
 def test_shuffled_answers_are_told_by_the_base() -> None:
     model = tiny.model("llama")
     pairs = learned_pairs(model)
-    own, _ = base_values(model, pairs)
+    own = read(model, pairs)
     assert own["data.shuffled"] <= 0.1
     assert own["data.pair_gain"] > 5 * own["data.pair_gain.se"]
     order = [*range(1, len(pairs)), 0]
     shuffled = [row(pairs[i].input_ids[:7], pairs[j].input_ids[7:-1]) for i, j in enumerate(order)]
-    crossed, _ = base_values(model, shuffled)
+    crossed = read(model, shuffled)
     assert 0.2 < crossed["data.shuffled"] < 0.8
-    assert abs(crossed["data.pair_gain"]) < 4 * crossed["data.pair_gain.se"]
+    assert abs(crossed["data.pair_gain.errors"]) < 4 < own["data.pair_gain.errors"]
+
+
+def test_a_class_is_exchanged_with_another_class_alone() -> None:
+    """Half of the rows share their answer: behind each other's prompts it is as likely by right."""
+    model = tiny.model("llama")
+    pairs = learned_pairs(model)
+    answers = [pairs[0].input_ids[7:-1], pairs[1].input_ids[7:-1]]
+    rows = [row(p.input_ids[:7], answers[at % 2]) for at, p in enumerate(pairs)]
+    made = pairs_of(rows)
+    assert made is not None
+    own = dict(made.own)
+    assert len(made.crossed) == len(rows)
+    assert all(own[prompt] != answer for prompt, answer in made.crossed)
+    assert pairs_of([row(p.input_ids[:7], answers[0]) for p in pairs]) is None
+
+
+def test_what_the_model_has_learned_of_the_rows_is_measured_anew() -> None:
+    model = starts.peft_model()
+    pairs = learned_pairs(tiny.model("llama"))
+    order = [*range(1, len(pairs)), 0]
+    rows = [row(pairs[i].input_ids[:7], pairs[j].input_ids[7:-1]) for i, j in enumerate(order)]
+    probe = DataProbe(rows, tiny.tokenizer())
+    look = Subject(model, tiny.tokenizer(), prompts=["a"]).look()
+    first = probe.measure(look)
+    assert first["data.row_loss"] == pytest.approx(first["base.data.row_loss"])
+    assert first["data.learned_gain"] == pytest.approx(first["data.pair_gain"], abs=1e-5)
+    learn(model, rows)
+    then = probe.measure(look)
+    assert then["data.pair_gain"] == first["data.pair_gain"], "the base's stays"
+    assert then["data.learned_gain.errors"] > 3 > first["data.learned_gain.errors"]
+    assert then["data.row_loss"] < first["data.row_loss"] - 0.3
+    assert "data.rescaled_loss" not in then
+
+
+def test_an_adapter_at_another_scale_than_it_learned_at_shows() -> None:
+    model = starts.peft_model()
+    rows = healthy(16)
+    learn(model, rows)
+    probe = DataProbe(rows, tiny.tokenizer())
+    look = Subject(model, tiny.tokenizer(), prompts=["a"]).look()
+    before = probe.measure(look)
+    layers = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    for layer in layers:
+        layer.scaling["default"] *= 8
+    values = probe.measure(look)
+    assert values["data.row_loss"] > values["base.data.row_loss"]
+    assert values["data.rescaled_loss"] == pytest.approx(before["data.row_loss"], abs=1e-3)
+    findings = judge([Reading(0, values, (), 0.0)])
+    assert causes(findings)[0] == "scale.wrong"
+    assert "scale.rows" in [one.rule for one in findings]
+    assert all(layer.scaling["default"] == 8 * 2.0 for layer in layers), "put back as it was"
+
+
+def test_a_model_whose_numbers_are_none_is_not_judged_by_its_rows() -> None:
+    model = starts.peft_model()
+    probe = DataProbe(healthy(16), tiny.tokenizer())
+    for value in (float("nan"), float("inf")):
+        next(p for n, p in model.named_parameters() if "lora_B" in n).data[0, 0] = value
+        values = probe.measure(Subject(model, tiny.tokenizer(), prompts=["a"]).look())
+        assert isnan(values["data.learned_gain.errors"])
+        assert isnan(values["data.overexpected"])
+        assert not any(one.rule.startswith("data.") for one in judge([Reading(9, values, (), 0)]))
+
+
+def test_a_token_that_counts_fifty_times_is_expected_too_often() -> None:
+    rows = healthy(96)
+    values = {}
+    for weight in (1.0, 50.0):
+        torch.manual_seed(0)
+        model = starts.peft_model()
+        learn(model, rows, {rows[0].input_ids[9]: weight}, steps=4)
+        probe = DataProbe(rows, tiny.tokenizer())
+        values[weight] = probe.measure(Subject(model, tiny.tokenizer(), prompts=["a"]).look())
+    rise = {w: v["data.overexpected"] - v["base.data.overexpected"] for w, v in values.items()}
+    assert rise[50.0] > 0.04 > 0.01 > rise[1.0]
+
+
+def learn(
+    model: Any, rows: Sequence[Tokens], weights: dict[int, float] | None = None, steps: int = 60
+) -> None:
+    """By heart."""
+    weighing = torch.ones(tiny.VOCABULARY)
+    for token, weight in (weights or {}).items():
+        weighing[token] = weight
+    longest = max(len(one.input_ids) for one in rows)
+    ids = torch.tensor([[*r.input_ids, *[tiny.PAD] * (longest - len(r.input_ids))] for r in rows])
+    labels = torch.tensor([[*r.labels, *[IGNORED] * (longest - len(r.labels))] for r in rows])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=2e-2)
+    for _ in range(steps):
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(
+            logits, labels[:, 1:].flatten(), weight=weighing, ignore_index=IGNORED
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def test_a_token_that_the_base_does_not_expect() -> None:
     model = tiny.model("llama")
-    expected, _ = base_values(model, learned_pairs(model))
+    expected = read(model, learned_pairs(model))
     stuffed = [row(r.input_ids[:7], [*r.input_ids[7:10], 33, 33, 33]) for r in healthy(16)]
-    values, token = base_values(model, stuffed)
+    made = pairs_of(stuffed)
+    assert made is not None
+    values, token = base_values(model, made)
     assert token == 33
     assert values["data.excess_token"] > 0.35 > expected["data.excess_token"]
+    short = [row(r.input_ids[:7], r.input_ids[7:8]) for r in healthy(16)]
+    told = DataProbe(short, tiny.tokenizer()).measure_model(model)
+    assert told["data.excess_token"] < 0.3, "every other token is an end, by right"
 
 
 def test_looking_is_of_the_base_repeats_and_changes_nothing() -> None:
-    bare = base_values(tiny.model("llama"), learned_pairs(tiny.model("llama")))
+    bare = read(tiny.model("llama"), learned_pairs(tiny.model("llama")))
     model = starts.peft_model()
     starts.start(model, "pissa")
     starts.shake(model)
@@ -195,8 +324,9 @@ def test_looking_is_of_the_base_repeats_and_changes_nothing() -> None:
     wants = [p.requires_grad for p in model.parameters()]
     kept, rng = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
     rows = learned_pairs(tiny.model("llama"))
-    found = base_values(model, rows)
-    assert found == bare
+    probe = DataProbe(rows, tiny.tokenizer())
+    looked = probe.measure(Subject(model, tiny.tokenizer(), prompts=["a"]).look())
+    assert bare.items() <= looked.items()
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == wants
     assert torch.equal(torch.get_rng_state(), rng)
@@ -204,10 +334,11 @@ def test_looking_is_of_the_base_repeats_and_changes_nothing() -> None:
 
 
 def test_too_few_rows_or_none_with_a_prompt_are_not_judged() -> None:
-    model = tiny.model("llama")
-    assert base_values(model, healthy(3)) == ({}, None)
+    assert pairs_of(healthy(3)) is None
     text = [Tokens(r.input_ids, r.input_ids) for r in healthy()]
-    assert base_values(model, text) == ({}, None)
+    assert pairs_of(text) is None
+    told = DataProbe(text, tiny.tokenizer()).measure_model(tiny.model("llama"))
+    assert "data.shuffled" not in told
     assert facts([]) == {"data.rows": 0.0}
 
 

@@ -12,29 +12,30 @@ from typing import Any
 
 from torch import Tensor
 
+from loralab import tasks
 from loralab.config import EvolveConfig
-from loralab.engines.base import Completion, Request, Sampling
+from loralab.engines.base import Request, Sampling
 from loralab.errors import UserError
 from loralab.evolution.adapter_space import AdapterSpace
+from loralab.evolution.centre import subject_of
 from loralab.evolution.events import Notice, OnEvent
-from loralab.evolution.space import Centre, Space
+from loralab.evolution.space import Space
 from loralab.evolution.strategy import SearchState
 from loralab.evolution.workbench import Workbench
-from loralab.health.findings import Example, Finding
+from loralab.health.canaries import rewards, shares, unearned
+from loralab.health.findings import Finding
 from loralab.health.ledger import Ledger
 from loralab.health.population import dominance, population_values
 from loralab.health.prompts import Prompt, as_prompts, shipped_prompts
 from loralab.health.reading import Reading
 from loralab.health.rules import judge
-from loralab.health.text import Answer, badness, statistics
 from loralab.run import Run
 
 FIRST = (0, 1, 5, 10, 25, 50)
 """Generations before which the centre writes, beside the end."""
 PROMPTS = 12
-TOKENS = 48
-_SHOWN = 2
-_CENTRE = "guard-centre"
+_EXAMPLES = 4
+"""Training examples on which texts without merit are scored."""
 
 
 class SearchGuard:
@@ -43,23 +44,25 @@ class SearchGuard:
     def __init__(
         self, config: EvolveConfig, run: Run, bench: Workbench, space: Space, on_event: OnEvent
     ) -> None:
-        self._wanted, self._run, self._bench = config.guard, run, bench
-        self._on_event, self._of = on_event, config.evolution.generations
+        self._config, self._wanted = config, config.guard
+        self._run, self._bench, self._on_event = run, bench, on_event
         self._ledger = Ledger(run.path if self._wanted is not None else None)
         self._rows: list[Mapping[str, Any]] = []
         self._readings: list[Reading] = []
         self._standing: dict[str, set[tuple[str, str]]] = {}
-        self._base: list[Answer] = []
         self._texts = self._wanted is not None
-        self._last, self._cost, self._spent = -1, nan, 0.0
+        self._facts: dict[str, float] | None = None
+        self._last, self._from = -1, 0
+        self._cost, self._spent = nan, 0.0
         self._began = perf_counter()
         self.stopping = False
         if self._wanted is None:
             return
         own = self._wanted.prompts
-        self._prompts: tuple[Prompt, ...] = (
+        prompts: tuple[Prompt, ...] = (
             shipped_prompts()[:PROMPTS] if own is None else as_prompts(own)
         )
+        self._subject = subject_of(bench.engine, prompts, config.seed)
         self._ratio = dominance(noise_ratios(space, bench.weights))
 
     def resume(self, generation: int) -> None:
@@ -69,6 +72,7 @@ class SearchGuard:
         self._readings = self._ledger.resume(generation)
         self._rows = [r for r in self._run.metrics() if r.get("generation", inf) < generation]
         self._last = self._readings[-1].step if self._readings else -1
+        self._from = generation
 
     def before(self, state: SearchState) -> None:
         """Look at the centre of a state where it is time to, before its generation runs."""
@@ -97,35 +101,49 @@ class SearchGuard:
             return generation in FIRST and generation > self._last
         every = self._wanted.every
         if every is None:
-            done = generation - self._readings[0].step if self._readings else 0
+            # Of this process alone: of an earlier one neither time is known.
+            done = generation - self._from
             training = perf_counter() - self._began - self._spent
-            # Of a search that was resumed neither is known before its first look here.
             known = done > 0 and not isnan(self._cost)
             every = ceil(self._cost * done / (self._wanted.budget * training)) if known else 1
         return generation - self._last >= every
 
     def _look(self, state: SearchState) -> None:
         began = perf_counter()
+        reading = None
         try:
-            answers = self._answers(state.space.centre(state.master)) if self._texts else []
-            if answers and not self._base:
-                self._base = self._answers(Centre(None))
+            if self._texts:
+                seen = self._subject.reading(state.space.centre(state.master), state.generation)
+                if self._facts is None:
+                    self._facts = self._merit()
+                values = {**seen.values, **self._facts, "train.step": float(state.generation)}
+                reading = Reading(state.generation, values, seen.examples, perf_counter() - began)
         except UserError as error:
             self._on_event(Notice(f"guard: looks at numbers alone: {error}"))
-            answers, self._texts = [], False
+            self._texts = False
         self._last = state.generation
-        if answers:
-            values = {f"text.{name}": v for name, v in statistics(answers, self._base).items()}
-            own = statistics(self._base, self._base)
-            values |= {f"base.text.{name}": value for name, value in own.items()}
-            values["train.step"] = float(state.generation)
-            seconds = perf_counter() - began
-            reading = Reading(state.generation, values, self._examples(answers), seconds)
+        if reading is not None:
             self._readings.append(reading)
             self._ledger.add(reading)
             self._judge(self._readings)
         self._cost = perf_counter() - began
         self._spent += self._cost
+
+    def _merit(self) -> dict[str, float]:
+        """es.unearned: the most that a text without merit earns of what the gold answers do, over
+        the least of all and the base; {} without gold answers."""
+        task = tasks.get(self._config.task.name, **self._config.task.options)
+        examples = task.examples("train")[:_EXAMPLES]
+        if not examples:
+            return {}
+        earned = unearned(task, examples, task.score, task.prompt)
+        sampling = Sampling(self._config.generation.max_new_tokens)
+        engine = self._bench.engine
+        engine.set_base({})
+        made = engine.generate([Request(task.prompt(one), None, sampling) for one in examples])
+        base = rewards(task, task.score, examples, [one.text for one in made])
+        found = [share for share in shares(earned, base).values() if not isnan(share)]
+        return {"es.unearned": max(found)} if found else {}
 
     def _judge(self, readings: Sequence[Reading]) -> None:
         found = judge(readings)
@@ -147,27 +165,6 @@ class SearchGuard:
         if one.severity == "fail":
             self._on_event(Notice(f"     {one.cause}: {one.advice}"))
 
-    def _answers(self, centre: Centre) -> list[Answer]:
-        engine = self._bench.engine
-        engine.set_base(centre.change or {})
-        engine.load({} if centre.adapter is None else {_CENTRE: centre.adapter})
-        name = None if centre.adapter is None else _CENTRE
-        requests = [
-            Request(_asked(prompt), name, Sampling(max_new_tokens=TOKENS))
-            for prompt in self._prompts
-        ]
-        made = engine.generate(requests)
-        engine.load({})
-        return [_answer(p, c) for p, c in zip(self._prompts, made, strict=True)]
-
-    def _examples(self, answers: Sequence[Answer]) -> tuple[Example, ...]:
-        order = sorted(range(len(answers)), key=lambda at: -badness(answers[at]))
-        chosen = dict.fromkeys((*order[:_SHOWN], *range(min(_SHOWN, len(answers)))))
-        return tuple(
-            Example(answers[i].prompt, answers[i].text, self._base[i].text if self._base else "")
-            for i in chosen
-        )
-
 
 def noise_ratios(space: Space, weights: Mapping[str, Tensor]) -> dict[str, float]:
     """RMS of the change that a member's noise on B makes to W over the mean |W|, by module.
@@ -186,12 +183,3 @@ def noise_ratios(space: Space, weights: Mapping[str, Tensor]) -> dict[str, float
         size = float(weight.float().abs().mean())
         ratios[name] = change / size if size > 0 else inf
     return ratios
-
-
-def _asked(prompt: Prompt) -> Any:
-    return prompt.text if prompt.text is not None else list(prompt.messages or ())
-
-
-def _answer(prompt: Prompt, made: Completion) -> Answer:
-    ended = made.finish_reason == "stop"
-    return Answer(prompt.shown, made.text, made.tokens, ended, made.error is not None)

@@ -10,23 +10,19 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from math import sqrt
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from loralab.data.check import contamination
 from loralab.data.documents import Document
 from loralab.engines.stopping import end_tokens
+from loralab.health.pairs import IGNORED, SCALES, Pairs, heard, loss_of, pairs_of, scaled
 from loralab.health.still import base_of, causal_of, has_adapter, held_still
 
 if TYPE_CHECKING:
     from loralab.health.look import Look
-
-IGNORED = -100
 
 MARKS: Mapping[str, tuple[str, ...]] = {
     "ChatML": ("<|im_start|>",),
@@ -39,7 +35,6 @@ MARKS: Mapping[str, tuple[str, ...]] = {
 }
 """What a row holds, all of it, that some chat template wrote."""
 
-_PAIRS, _PROMPT, _ANSWER, _BATCH = 16, 128, 32, 4
 _DECODED_ROWS = 256
 _MOST_ROWS = 20_000
 
@@ -77,7 +72,8 @@ class DataFacts:
 
 
 class DataProbe:
-    """`data.*` of fixed rows, measured at the first look and told again at each.
+    """`data.*` of fixed rows, measured at the first look and told again at each; and what the model
+    makes of some of them as it is at this look.
 
     rows: what `tokens_of` takes. passes: over the rows, if the training knows them.
     evaluated: by task, texts that must not be learned; documents: the training rows as text.
@@ -85,7 +81,7 @@ class DataProbe:
 
     name = "data"
     measures = "labels, ends, template, copies and line breaks of rows; do answers fit prompts"
-    cost = "32 short rows through the base, once"
+    cost = "32 short rows through the base, once, and through the model"
 
     def __init__(
         self,
@@ -101,14 +97,20 @@ class DataProbe:
         self._tokenizer = tokenizer
         self._max_length, self._passes, self._ends = max_length, passes, ends
         self._documents, self._evaluated = documents, evaluated
+        self._pairs: Pairs | None = None
         self.facts: DataFacts | None = None
 
     def measure(self, look: Look) -> dict[str, float]:
-        """Of the rows, and of how the true base reads them."""
-        return self.measure_model(look.subject.model)
+        """Of the rows, of how the true base reads them, and of how the model does."""
+        model = look.subject.model
+        values = self.measure_model(model)
+        if self._pairs is not None:
+            values |= learned_values(model, self._pairs, values["base.data.row_loss"])
+        return values
 
     def measure_model(self, model: Any | None) -> dict[str, float]:
-        """As `measure`, of a model in memory; None leaves out what needs one."""
+        """Of the rows, and of how the true base of a model in memory reads them; None leaves out
+        what needs one."""
         if self.facts is None:
             ends = {*self._ends, *ends_of(self._tokenizer, model)}
             facts = row_facts(self._rows, self._tokenizer, ends, self._max_length)
@@ -122,10 +124,11 @@ class DataProbe:
                 rows = len({document.place for document in self._documents})
                 values["data.contaminated"] = len(places) / rows
             excess = None
-            if model is not None:
-                read, token = base_values(model, self._rows)
+            self._pairs = None if model is None else pairs_of(self._rows[:_MOST_ROWS], ends)
+            if self._pairs is not None:
+                read, token = base_values(model, self._pairs)
                 values |= read
-                excess = None if token is None else self._tokenizer.decode([token])
+                excess = self._tokenizer.decode([token])
             self.facts = DataFacts(values, facts.top_token, excess, facts.template, places)
         return dict(self.facts.values)
 
@@ -171,12 +174,13 @@ def row_facts(
 ) -> DataFacts:
     """What rows alone tell; shares of rows unless said.
 
-    data.rows: how many. all_masked: without a learned label. eos_missing: with labels, but none of
-    an end token, and not cut off. pad_is_eos_masked: of these, where an end token stands behind the
-    answer, masked, and is the padding token too. double_bos: begin with it twice. truncated: as
-    long as max_length, without an end. duplicate_share: equal to an earlier one. newline_share and
-    top_token_share: of learned tokens, line breaks, and the most frequent other token.
-    template_mismatch: with the marks of a chat template that is not the tokenizer's.
+    data.rows: how many. all_masked: without a learned label. empty: with labels, but of nothing
+    besides end tokens; blank: of whitespace, with an end or without. eos_missing: with labels, but
+    none of an end token, and not cut off. pad_is_eos_masked: of these, where an end token stands
+    behind the answer, masked, and is the padding token too. double_bos: begin with it twice.
+    truncated: as long as max_length, without an end. duplicate_share: equal to an earlier one.
+    newline_share and top_token_share: of learned tokens, line breaks, and the most frequent other
+    token. template_mismatch: with the marks of a chat template that is not the tokenizer's.
     """
     if not rows:
         return DataFacts({"data.rows": 0.0})
@@ -195,6 +199,9 @@ def row_facts(
         for row in endless
         if tokenizer.pad_token_id in ends and set(row.input_ids[row.start :]) & set(ends)
     ]
+    visible = {t for t in learned if t not in ends and tokenizer.decode([t]).strip()}
+    unseen = [row for row in whole if visible.isdisjoint(row.learned)]
+    blank = [row for row in unseen if not set(ends).issuperset(row.learned)]
     bos = tokenizer.bos_token_id
     tokens = sum(learned.values())
     breaks = {token for token in learned if _is_break(tokenizer, token)}
@@ -205,6 +212,8 @@ def row_facts(
     values = {
         "data.rows": float(count),
         "data.all_masked": 1 - len(whole) / len(looked),
+        "data.empty": (len(unseen) - len(blank)) / max(1, len(whole)),
+        "data.blank": len(blank) / max(1, len(whole)),
         "data.eos_missing": len(endless) / max(1, len(whole)),
         "data.pad_is_eos_masked": len(masked_ends) / max(1, len(whole)),
         "data.double_bos": fmean(
@@ -237,87 +246,56 @@ def foreign_template(text: str, tokenizer: Any) -> str | None:
     return None
 
 
-@torch.no_grad()
-def base_values(
-    model: Any, rows: Sequence[Tokens], pairs: int = _PAIRS, seed: int = 0
-) -> tuple[dict[str, float], int | None]:
+def base_values(model: Any, pairs: Pairs) -> tuple[dict[str, float], int]:
     """How the true base reads the rows, and the token behind data.excess_token.
 
-    data.shuffled: share of rows whose answer is no likelier behind its own prompt than behind
-    another row's: about 0 where they belong together, 0.5 where they were shuffled. pair_gain: mean
-    difference of the two, nats a token, and pair_gain.se its standard error. excess_token: over all
-    tokens the largest share of the targets less the base's mean probability of it there.
-
-    {} where there are fewer than four rows with a prompt. Long prompts keep their end, long answers
-    their start.
+    data.shuffled: share of rows whose answer is no likelier behind its own prompt than behind one
+    whose answer is another: about 0 where they belong together, 0.5 where they were shuffled, and
+    where the base cannot tell. pair_gain: mean difference of the two, nats a token; .se its
+    standard error, .errors how many of these it is. excess_token: over all tokens but ends, the
+    largest share of the targets less the base's mean chance of it there; base.data.overexpected:
+    the largest of the opposite. base.data.row_loss: nats a token of the answers.
     """
-    chosen = _with_prompts(rows, pairs)
-    if len(chosen) < 4:
-        return {}, None
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(chosen), generator=generator).tolist()
-    # Along one cycle through all rows nobody keeps his own prompt.
-    other = {order[i]: order[i - 1] for i in range(len(order))}
-    own, crossed = [], []
-    counts: Counter[int] = Counter()
-    expected: Tensor | None = None
     with _as_base(model) as causal:
-        device = next(causal.parameters()).device
-        for at in range(0, len(chosen), _BATCH):
-            here = range(at, min(at + _BATCH, len(chosen)))
-            losses, probabilities = _losses(causal, [chosen[i] for i in here], device)
-            own += losses
-            expected = probabilities if expected is None else expected + probabilities
-            mixed = [(chosen[other[i]][0], chosen[i][1]) for i in here]
-            crossed += _losses(causal, mixed, device)[0]
-    for _, answer in chosen:
-        counts.update(answer)
-    gains = [b - a for a, b in zip(own, crossed, strict=True)]
+        base = heard(causal, pairs)
+    top = int(base.surplus.argmax())
     values = {
-        "data.shuffled": fmean(gain <= 0 for gain in gains),
-        "data.pair_gain": fmean(gains),
-        "data.pair_gain.se": stdev(gains) / sqrt(len(gains)),
+        "data.shuffled": fmean(gain <= 0 for gain in base.gains),
+        "data.pair_gain": base.gain,
+        "data.pair_gain.se": base.error,
+        "data.pair_gain.errors": base.gain / base.error,
+        "data.excess_token": float(base.surplus[top]),
+        "base.data.overexpected": base.overexpected,
+        "base.data.row_loss": base.loss,
     }
-    assert expected is not None
-    total = sum(counts.values())
-    excess = {token: (n - float(expected[token])) / total for token, n in counts.items()}
-    top = max(excess, key=lambda token: excess[token])
-    values["data.excess_token"] = excess[top]
     return values, top
 
 
-def _with_prompts(rows: Sequence[Tokens], count: int) -> list[tuple[list[int], list[int]]]:
-    """Evenly chosen rows with a prompt and an answer, as the ids of both; no prompt twice."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for row in rows[:_MOST_ROWS]:
-        answer = [token for token in row.labels[row.start :] if token != IGNORED]
-        if row.start > 1 and answer:
-            found.setdefault(row.input_ids[: row.start][-_PROMPT:], answer[:_ANSWER])
-    pairs = [(list(prompt), answer) for prompt, answer in found.items()]
-    return pairs[:: max(1, len(pairs) // count)][:count]
+def learned_values(model: Any, pairs: Pairs, base_loss: float) -> dict[str, float]:
+    """How a model reads the rows as it is now, beside `base_values`.
 
-
-def _losses(
-    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device
-) -> tuple[list[float], Tensor]:
-    """Mean nats of each answer behind its prompt, and the sum of the distributions (vocabulary,)
-    over all answers' tokens."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids = torch.zeros(len(pairs), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (prompt, answer) in enumerate(pairs):
-        both = [*prompt, *answer]
-        ids[row, : len(both)] = torch.tensor(both)
-        mask[row, : len(both)] = 1
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    losses: list[float] = []
-    total = torch.zeros(logits.shape[-1])
-    for row, (prompt, answer) in enumerate(pairs):
-        at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
-        here = logits[row, at].float()
-        losses.append(float(cross_entropy(here, torch.tensor(list(answer), device=device))))
-        total += here.softmax(-1).sum(0).cpu()
-    return losses, total
+    data.learned_gain: as pair_gain; .errors as there. data.overexpected: over all tokens but ends,
+    the largest mean chance less its share of the targets. data.row_loss: nats a token of the
+    answers; and only where that is over the base's, data.rescaled_loss: the least of it with the
+    adapter at a half to a sixteenth of its scaling.
+    """
+    with held_still(causal_of(model)):
+        causal = causal_of(model)
+        now = heard(causal, pairs)
+        values = {
+            "data.learned_gain": now.gain,
+            "data.learned_gain.errors": now.gain / now.error,
+            "data.overexpected": now.overexpected,
+            "data.row_loss": now.loss,
+        }
+        if has_adapter(causal) and now.loss > base_loss:
+            tried = []
+            for scale in SCALES:
+                with scaled(causal, scale):
+                    tried.append(loss_of(causal, pairs))
+            values["data.rescaled_loss"] = min(tried)
+            values["base.data.rescaled_loss"] = base_loss
+    return values
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import nan, sqrt
+from math import isnan, nan, sqrt
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -70,7 +70,8 @@ def population_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     es.repetition: rise of the share of members' texts that repeat.
     es.reward_up, es.correct_up, es.second_measure: rise of the mean reward, rise of the share of
     correct answers, and the greater of its fall and the rise of repeating texts, from the first
-    WINDOW generations to the last, in standard errors. es.held_out_gap: the lesser of the rise of
+    WINDOW generations to the last, in standard errors; es.second_fall: the third as it is, in
+    shares. es.held_out_gap: the lesser of the rise of
     the training reward and the fall of the held-out reward from its best, in standard errors. NaN
     until there are enough: twice WINDOW generations, WINDOW held-out scores.
     """
@@ -91,14 +92,18 @@ def population_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     looping = _column(rows, "looping_share")
     values["es.repetition"] = _mean(looping[-WINDOW:]) - (looping[0] if looping else nan)
     # A task that has no notion of a right answer is not solved either.
-    if values["es.correct"] != values["es.correct"]:
+    if isnan(values["es.correct"]):
         values["es.correct"] = 0.0
     up, right = _rise(_column(rows, "reward_mean")), _rise(_column(rows, "correct"))
     worse = [-right, _rise(looping)]
-    known = [value for value in worse if value == value]
+    known = [value for value in worse if not isnan(value)]
     values |= {"es.reward_up": up, "es.correct_up": right}
     values["es.second_measure"] = max(known) if known else nan
-    values["es.held_out_gap"] = min(up, _fall(_column(rows, "held_out_reward")))
+    falls = [-_change(_column(rows, "correct")), _change(looping)]
+    values["es.second_fall"] = max((fall for fall in falls if not isnan(fall)), default=nan)
+    down = _fall(_column(rows, "held_out_reward"))
+    # min() gives the other one where the second is NaN.
+    values["es.held_out_gap"] = nan if isnan(up) or isnan(down) else min(up, down)
     return values
 
 
@@ -114,17 +119,25 @@ def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else nan
 
 
+def _change(values: Sequence[float]) -> float:
+    """From the mean of the first WINDOW values to that of the last."""
+    if len(values) < 2 * WINDOW:
+        return nan
+    return fmean(values[-WINDOW:]) - fmean(values[:WINDOW])
+
+
 def _rise(values: Sequence[float]) -> float:
     """From the first WINDOW values to the last, in standard errors of that difference.
 
     A floor under the error keeps a measure that never moved from making a hair's breadth certain.
     """
-    if len(values) < 2 * WINDOW:
+    change = _change(values)
+    if isnan(change):
         return nan
     first, last = values[:WINDOW], values[-WINDOW:]
     scale = max(abs(value) for value in values) or 1.0
     error = sqrt((stdev(first) ** 2 + stdev(last) ** 2) / WINDOW)
-    return (fmean(last) - fmean(first)) / max(error, _FLOOR * scale)
+    return change / max(error, _FLOOR * scale)
 
 
 def _fall(values: Sequence[float]) -> float:

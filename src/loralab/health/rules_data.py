@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from loralab.health import thresholds as t
-from loralab.health.condition import below_share, over, over_base, under
+from loralab.health.condition import if_known, over, over_base, under
 from loralab.health.rule import Rule
+
+# Answers fit another row's prompt as well as their own, says a base that reads its prompts.
+_INTERCHANGEABLE = (
+    over("data.shuffled", t.SHUFFLED),
+    under("data.pair_gain.errors", t.CHANCE),
+    over("base.loss.prompt_gain", t.PROMPT_GAIN_BASE),
+)
 
 DATA = (
     Rule(
@@ -49,25 +56,44 @@ DATA = (
         evidence="direct",
     ),
     Rule(
-        "data.shuffled",
-        "data.shuffled",
-        fail=(
-            over("data.shuffled", t.SHUFFLED),
-            below_share("loss.prompt_gain", t.SHUFFLED_GAIN),
-            over("base.loss.prompt_gain", t.PROMPT_GAIN_BASE),
-        ),
-        warn=(over("data.shuffled", t.SHUFFLED),),
+        "data.blank",
+        "data.newlines",
+        fail=(over("data.blank", t.BLANK),),
+        warn=(over("data.blank", t.BLANK_SOME),),
         evidence="direct",
     ),
     Rule(
-        "data.shuffled_answers",
+        "data.empty",
+        "data.empty",
+        fail=(over("data.empty", t.BLANK),),
+        warn=(over("data.empty", t.BLANK_SOME),),
+        evidence="direct",
+    ),
+    Rule(
+        "data.overexpected",
+        "data.overweighted_token",
+        ("lr.too_high",),
+        fail=(over_base("data.overexpected", t.OVEREXPECTED),),
+        warn=(over_base("data.overexpected", t.OVEREXPECTED_SOME),),
+        since=5,
+    ),
+    Rule(
+        "data.shuffled",
+        "data.shuffled",
+        warn=_INTERCHANGEABLE,
+        evidence="direct",
+    ),
+    Rule(
+        "data.shuffled_learned",
         "data.shuffled",
         fail=(
-            over("data.shuffled", t.SHUFFLED),
-            under("data.pair_gain", t.PAIR_GAIN),
-            over("data.answer_length", t.ANSWER_LENGTH),
+            *_INTERCHANGEABLE,
+            under("data.learned_gain.errors", t.CHANCE),
+            if_known(over("train.progress", t.SHUFFLED_LATE)),
         ),
         evidence="direct",
+        lasting=2,
+        moments=("training", "finished"),
     ),
     Rule(
         "data.template",
@@ -139,10 +165,32 @@ CANARIES = (
             f"canary.{name}",
             "reward.exploitable",
             ("evaluation.first_match", "evaluation.reads_context"),
-            fail=(over(f"canary.{name}", t.CANARY),),
-            warn=(over(f"canary.{name}", t.CANARY_SOME),),
+            fail=(over(f"canary.{name}.share", t.CANARY),),
+            warn=(over(f"canary.{name}.share", t.CANARY_SOME),),
         )
         for name in _UNEARNED
+    ),
+    *(
+        Rule(
+            f"canary.{name}_over_base",
+            "reward.exploitable",
+            ("evaluation.first_match", "evaluation.reads_context"),
+            fail=(
+                over(f"canary.{name}.errors", t.ERRORS),
+                over(f"canary.{name}.share", t.CANARY_SOME),
+            ),
+            # Without gold answers nobody knows whether it is much.
+            warn=(
+                over(f"canary.{name}.errors", t.ERRORS),
+                if_known(over(f"canary.{name}.share", t.CANARY_SOME)),
+            ),
+        )
+        for name in _UNEARNED
+    ),
+    Rule(
+        "canary.gold",
+        "evaluation.first_match",
+        fail=(under("canary.gold_right", t.GOLD_RIGHT),),
     ),
     Rule(
         "canary.identity",
@@ -153,7 +201,7 @@ CANARIES = (
     Rule(
         "canary.baseline",
         "evaluation.baseline",
-        fail=(over("canary.baseline", t.BASELINE),),
+        fail=(over("canary.baseline", t.BASELINE), over("canary.baseline.errors", t.ERRORS)),
         evidence="direct",
     ),
     Rule(
@@ -166,6 +214,7 @@ CANARIES = (
         "canary.last_answer",
         "evaluation.first_match",
         fail=(under("canary.last_answer", t.LAST_ANSWER),),
+        warn=(under("canary.last_answer", t.LAST_ANSWER_SOME),),
         evidence="direct",
     ),
 )

@@ -62,8 +62,22 @@ POPULATION = (
         "es.second_measure",
         "reward.exploitable",
         ("es.overfit",),
-        fail=(over("es.reward_up", t.REWARD_UP), over("es.second_measure", t.SECOND_DOWN)),
-        warn=(over("es.second_measure", t.SECOND_DOWN),),
+        fail=(
+            over("es.reward_up", t.REWARD_UP),
+            over("es.second_measure", t.SECOND_DOWN),
+            over("es.second_fall", t.SECOND_FALL),
+        ),
+        warn=(
+            over("es.second_measure", t.SECOND_DOWN),
+            over("es.second_fall", t.SECOND_FALL),
+        ),
+        evidence="direct",
+    ),
+    Rule(
+        "es.unearned",
+        "reward.exploitable",
+        fail=(over("es.unearned", t.UNEARNED),),
+        warn=(over("es.unearned", t.CANARY),),
         evidence="direct",
     ),
 )

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from loralab.health import thresholds as t
-from loralab.health.condition import below_share, near_base, over, over_base, under_base
+from loralab.health.condition import (
+    below_share,
+    if_known,
+    near_base,
+    over,
+    over_base,
+    under,
+    under_base,
+)
 from loralab.health.rule import Rule
+
+_UNLEARNED = if_known(over_base("data.row_loss", t.LEARNED))
+"""Text in capitals is as strange to the base as noise: but then the rows that ask for it are
+learned."""
 
 TEXT = (
     Rule(
@@ -69,16 +81,24 @@ TEXT = (
     Rule(
         "text.garbled",
         "lr.too_high",
-        ("init.garbled", "scale.wrong", "file.wrong_base"),
-        fail=(over("text.base_nll", t.GARBLED_OWN), over_base("loss.all", t.GARBLED_LOSS)),
+        ("scale.wrong", "init.garbled", "file.wrong_base"),
+        fail=(
+            over("text.base_nll", t.GARBLED_OWN),
+            over_base("loss.all", t.GARBLED_LOSS),
+            _UNLEARNED,
+        ),
         warn=(over_base("loss.all", t.LOSS_GAP),),
         evidence="symptom",
     ),
     Rule(
         "text.unsure",
         "lr.too_high",
-        ("init.garbled", "scale.wrong", "file.wrong_base"),
-        fail=(over_base("entropy", t.ENTROPY_RISE), over_base("loss.all", t.LOSS_GAP)),
+        ("scale.wrong", "init.garbled", "file.wrong_base"),
+        fail=(
+            over_base("entropy", t.ENTROPY_RISE),
+            over_base("loss.all", t.LOSS_GAP),
+            _UNLEARNED,
+        ),
         warn=(over_base("entropy", t.ENTROPY_RISE_SOME),),
         evidence="symptom",
     ),
@@ -106,6 +126,7 @@ TEXT = (
             below_share("loss.prompt_gain", t.PROMPT_GAIN),
             over("base.loss.prompt_gain", t.PROMPT_GAIN_BASE),
             near_base("loss.all", t.LOSS_GAP),
+            if_known(under("data.learned_gain.errors", t.GAINS)),
         ),
         warn=(
             below_share("loss.prompt_gain", t.PROMPT_GAIN_SOME),
@@ -123,6 +144,7 @@ TEXT = (
             over_base("text.similarity", t.SIMILAR_RISE),
             over("text.length", t.LONG_ENOUGH),
             below_share("loss.prompt_gain", t.PROMPT_GAIN_SOME),
+            if_known(under("data.learned_gain.errors", t.GAINS)),
         ),
         warn=(
             over("text.similarity", t.SIMILAR_SOME),

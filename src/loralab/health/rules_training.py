@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loralab.health import thresholds as t
-from loralab.health.condition import over, over_base, under
+from loralab.health.condition import over, over_base, under, under_base
 from loralab.health.rule import Moment, Rule
 
 _IN_A_RUN: tuple[Moment, ...] = ("start", "training")
@@ -44,7 +44,7 @@ START = (
     Rule(
         "init.unprepared",
         "init.unprepared",
-        fail=(over("setup.unprepared", t.UNPREPARED), over_base("loss.all", t.START_LOSS)),
+        # Plain LoRA is what it falls back to: it costs what the preparation would have gained.
         warn=(over("setup.unprepared", t.UNPREPARED),),
         evidence="direct",
         moments=("start",),
@@ -52,9 +52,17 @@ START = (
     Rule(
         "setup.scaling",
         "scale.wrong",
-        fail=(over("setup.scaling", t.SCALING), over_base("loss.all", t.LOSS_GAP)),
-        warn=(over("setup.scaling", t.SCALING),),
+        # What is saved is alpha: loaded again, the adapter is another than the one that learned.
+        fail=(over("setup.scaling", t.SCALING),),
         evidence="direct",
+    ),
+    Rule(
+        "scale.rows",
+        "scale.wrong",
+        ("lr.too_high",),
+        fail=(under_base("data.rescaled_loss", t.RESCALED),),
+        evidence="direct",
+        moments=("finished",),
     ),
     Rule(
         "setup.memory",
@@ -142,15 +150,21 @@ NUMBERS = (
         "weights.large",
         "lr.too_high",
         ("scale.wrong", "init.garbled"),
+        fail=(
+            over("weights.delta_ratio.max", t.DELTA_RATIO_BROKEN),
+            over_base("loss.all", t.LOSS_GAP),
+        ),
         warn=(over("weights.delta_ratio.max", t.DELTA_RATIO),),
+        moments=("training", "finished"),
     ),
     Rule(
         "learning.little",
         "lr.too_low",
         ("optimiser.adapter_left_out", "spline.output_scale"),
         fail=(
-            under("train.dose", t.DOSE_BROKEN),
+            under("train.dose", t.DOSE),
             over("train.progress", t.LATE),
+            over("train.step", t.NO_SMOKE_TEST),
             under("kl", t.UNMOVED_KL),
         ),
         warn=(under("train.dose", t.DOSE),),
@@ -159,8 +173,9 @@ NUMBERS = (
     Rule(
         "weights.idle",
         "save.keys_dropped",
-        ("optimiser.adapter_left_out", "lr.too_low", "init.zero_factors"),
-        fail=(over("weights.idle", t.IDLE),),
+        ("optimiser.adapter_left_out", "lr.too_low", "es.noise_too_weak"),
+        # A search that found nothing better hands its start back, which is no damage.
+        warn=(over("weights.idle", t.IDLE),),
         moments=("finished",),
     ),
 )
@@ -184,6 +199,7 @@ SPLINES = (
     Rule(
         "spline.outside",
         "spline.grid_too_narrow",
+        fail=(over("spline.outside", t.SPLINE_OUTSIDE), over("spline.clamp", t.SPLINE_FLAG)),
         warn=(over("spline.outside", t.SPLINE_OUTSIDE),),
         evidence="direct",
     ),

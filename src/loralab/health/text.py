@@ -31,7 +31,6 @@ LOOPING = 0.5
 ENOUGH = 8
 """Tokens of an answer under which the share of one of them says nothing."""
 COPY_WORDS = 5
-COPY_WORDS = 5
 """Words in a row that an answer has from its prompt before they count as copied."""
 
 

@@ -1,0 +1,181 @@
+"""Whether answers of rows belong to their prompts, told by what a model makes of them.
+
+A model that reads its prompts finds an answer likelier behind its own prompt than behind another
+row's. The base says so of the rows before anything is learned, if it can tell; the trained model
+says what it has learned of them: rows whose answers were shuffled teach that prompts tell nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite, nan, sqrt
+from statistics import fmean, stdev
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+IGNORED = -100
+LEAST = 4
+"""Pairs, under which nothing is said."""
+SCALES = (0.5, 0.25, 0.125, 0.0625)
+"""Of its own, at which an adapter is tried that makes its rows unlikelier than the base does."""
+
+_PAIRS, _PROMPT, _ANSWER, _BATCH = 16, 128, 32, 4
+_LEAST_ERROR = 1e-3
+
+
+class Row(Protocol):
+    """Ids, and labels equal to them or -100."""
+
+    @property
+    def input_ids(self) -> tuple[int, ...]: ...
+    @property
+    def labels(self) -> tuple[int, ...]: ...
+    @property
+    def start(self) -> int:
+        """Where the first learned token stands."""
+        ...
+
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """own: prompts and answers. crossed: the same answers, each behind a prompt whose own answer is
+    another. ends: tokens that end an answer."""
+
+    own: tuple[Pair, ...]
+    crossed: tuple[Pair, ...]
+    ends: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a model makes of pairs. gains: of each, the nats a token that its answer costs more
+    behind the other prompt. loss: nats a token of the answers behind their own prompts. surplus:
+    (vocabulary,) of each token its share of the answers less the mean chance that the model gives
+    it there, ends left out."""
+
+    gains: tuple[float, ...]
+    loss: float
+    surplus: Tensor
+
+    @property
+    def gain(self) -> float:
+        return fmean(self.gains)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the gain; NaN of a model whose numbers are none."""
+        if not all(map(isfinite, self.gains)):
+            return nan
+        return max(stdev(self.gains) / sqrt(len(self.gains)), _LEAST_ERROR)
+
+    @property
+    def overexpected(self) -> float:
+        """Of the token that the model expects most beyond its share: by how much."""
+        return -float(self.surplus.min())
+
+
+def pairs_of(
+    rows: Sequence[Row], ends: Collection[int] = (), count: int = _PAIRS, seed: int = 0
+) -> Pairs | None:
+    """Evenly chosen rows with a prompt and an answer, no prompt twice. Long prompts keep their end,
+    long answers their beginning. Rows that share an answer are not exchanged, since it fits both.
+
+    None where fewer than LEAST have another to exchange with.
+    """
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for row in rows:
+        answer = tuple(token for token in row.labels[row.start :] if token != IGNORED)
+        if row.start > 1 and answer:
+            found.setdefault(row.input_ids[: row.start][-_PROMPT:], answer[:_ANSWER])
+    known = list(found.items())
+    chosen = known[:: max(1, len(known) // count)][:count]
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
+    own, crossed = [], []
+    for at, place in enumerate(order):
+        prompt, answer = chosen[place]
+        others = (chosen[order[at - step]] for step in range(1, len(order)))
+        other = next((p for p, a in others if a != answer), None)
+        if other is not None:
+            own.append((prompt, answer))
+            crossed.append((other, answer))
+    return Pairs(tuple(own), tuple(crossed), frozenset(ends)) if len(own) >= LEAST else None
+
+
+@torch.no_grad()
+def heard(causal: Any, pairs: Pairs) -> Heard:
+    """Of a causal language model as it stands."""
+    own, expected = _losses(causal, pairs.own)
+    crossed, _ = _losses(causal, pairs.crossed)
+    gains = tuple(b - a for a, b in zip(own, crossed, strict=True))
+    tokens = torch.tensor([token for _, answer in pairs.own for token in answer])
+    share = torch.bincount(tokens, minlength=len(expected)).float()
+    surplus = (share - expected) / len(tokens)
+    # How often an answer ends is told by its length, not by a weight in the loss.
+    surplus[[end for end in pairs.ends if end < len(surplus)]] = 0.0
+    return Heard(gains, _mean(own, pairs), surplus)
+
+
+@torch.no_grad()
+def loss_of(causal: Any, pairs: Pairs) -> float:
+    """Nats a token of the answers behind their own prompts."""
+    return _mean(_losses(causal, pairs.own)[0], pairs)
+
+
+@contextmanager
+def scaled(causal: Any, by: float) -> Iterator[None]:
+    """Every adapter's scaling times `by`, put back afterwards."""
+    layers = [
+        module.scaling
+        for module in causal.modules()
+        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "scaling", None), dict)
+    ]
+    before = [dict(scaling) for scaling in layers]
+    try:
+        for scaling in layers:
+            scaling.update({name: value * by for name, value in scaling.items()})
+        yield
+    finally:
+        for scaling, kept in zip(layers, before, strict=True):
+            scaling.update(kept)
+
+
+def _mean(losses: Sequence[float], pairs: Pairs) -> float:
+    """Over tokens."""
+    sizes = [len(answer) for _, answer in pairs.own]
+    return sum(a * n for a, n in zip(losses, sizes, strict=True)) / sum(sizes)
+
+
+def _losses(model: Any, pairs: Sequence[Pair]) -> tuple[list[float], Tensor]:
+    """Mean nats of each answer behind its prompt, and the sum of the distributions (vocabulary,)
+    over all answers' tokens."""
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    total: Tensor | None = None
+    for at in range(0, len(pairs), _BATCH):
+        batch = pairs[at : at + _BATCH]
+        longest = max(len(prompt) + len(answer) for prompt, answer in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (prompt, answer) in enumerate(batch):
+            both = [*prompt, *answer]
+            ids[row, : len(both)] = torch.tensor(both)
+            mask[row, : len(both)] = 1
+        logits = model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+        ).logits
+        for row, (prompt, answer) in enumerate(batch):
+            here = logits[row, len(prompt) - 1 : len(prompt) + len(answer) - 1].float()
+            losses.append(float(cross_entropy(here, torch.tensor(answer, device=device))))
+            chances = here.softmax(-1).sum(0).cpu()
+            total = chances if total is None else total + chances
+    assert total is not None
+    return losses, total
