@@ -58,10 +58,13 @@ def serve(code: str, handle: int) -> None:
     def attempt(action: Any, argument: Any) -> None:
         try:
             message = {"value": wire.encode(action(argument), refer)}
-            wire.send(handle, message)
-        except OSError:
-            raise
         except BaseException as error:
+            message = {"raised": describe(error)}
+        try:
+            wire.send(handle, message)
+        except OSError:  # the other side is gone
+            raise
+        except Exception as error:  # too long, or nothing that JSON holds
             wire.send(handle, {"raised": describe(error)})
 
     attempt(run_program, code)
