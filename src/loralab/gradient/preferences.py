@@ -13,7 +13,7 @@ from typing import Any
 from loralab.config.dpo import PreferenceDataConfig
 from loralab.data.sources import Row, data_files, read_rows
 from loralab.errors import UserError
-from loralab.tasks.base import Example, Message, Prompt, Score, Split
+from loralab.tasks.base import Example, Message, Prompt, Score, Split, is_message
 from loralab.tasks.splits import cut, rows_of_split
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -191,17 +191,9 @@ def _answer(row: Row, name: str) -> str:
 
 def _messages(value: Any, row: Row, name: str) -> list[Message]:
     fine = isinstance(value, Sequence) and not isinstance(value, str) and bool(value)
-    if not fine or not all(_is_message(turn) for turn in value):
+    if not fine or not all(is_message(turn) for turn in value):
         raise UserError(
             f"{row.place}: `{name}` is {str(value)[:60]!r}; expected text, or messages, each with "
             "text `role` and `content`"
         )
     return [Message(role=turn["role"], content=turn["content"]) for turn in value]
-
-
-def _is_message(turn: Any) -> bool:
-    return (
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-    )

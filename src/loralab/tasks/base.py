@@ -20,6 +20,15 @@ class Message(TypedDict):
     content: str
 
 
+def is_message(turn: Any) -> bool:
+    """Whether a value from a file is a turn of a chat."""
+    return (
+        isinstance(turn, Mapping)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+    )
+
+
 Prompt = str | Sequence[Message]
 """Plain text is continued as it stands; messages go through the model's chat template."""
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from loralab.data.sources import read_rows
 from loralab.errors import UserError
-from loralab.tasks.base import Example, Message, Prompt, Score, Split
+from loralab.tasks.base import Example, Message, Prompt, Score, Split, is_message
 from loralab.tasks.problems import Problem, generate, problem_from_row, solve
 from loralab.tasks.splits import HUB_NAME, draw_shots, rows_of_split
 
@@ -299,16 +299,8 @@ def _own_prompt(row: Mapping[str, Any], place: str) -> Prompt | None:
         own = row.get("context")
     if own is None or isinstance(own, str):
         return own
-    if isinstance(own, Sequence) and own and all(_is_message(turn) for turn in own):
+    if isinstance(own, Sequence) and own and all(is_message(turn) for turn in own):
         return [Message(role=turn["role"], content=turn["content"]) for turn in own]
     raise UserError(
         f"{place}: `prompt` is neither text nor messages, each with `role` and `content` as text"
-    )
-
-
-def _is_message(turn: Any) -> bool:
-    return (
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from loralab import tasks
 from loralab.config import SftConfig
 from loralab.data.sources import Row, read_rows
 from loralab.errors import UserError
-from loralab.tasks.base import Example, Message, Prompt, Score, Split, Task
+from loralab.tasks.base import Example, Message, Prompt, Score, Split, Task, is_message
 from loralab.tasks.splits import cut, text_field
 
 Format = Literal["prompt_completion", "chat", "text"]
@@ -116,14 +116,6 @@ def _completion(row: Row) -> str:
 
 
 def _messages(value: Any, what: str) -> list[Message]:
-    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+    if not isinstance(value, list) or not value or not all(map(is_message, value)):
         raise UserError(f"{what}: expected text or messages, each with text `role` and `content`")
     return [Message(role=turn["role"], content=turn["content"]) for turn in value]
-
-
-def _is_message(turn: Any) -> bool:
-    return (
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-    )
