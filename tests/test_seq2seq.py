@@ -241,6 +241,11 @@ def test_an_answer_does_not_depend_on_its_neighbours(folder: Path, temperature: 
     assert all(c.tokens[-1:] == (tiny.EOS,) or len(c.tokens) == 6 for c in together)
 
 
+def test_stop_texts_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"generation\.stop: none"):
+        config_for(folder, generation={"stop": ["\n"]})
+
+
 def test_a_decoder_is_refused(folder: Path, tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

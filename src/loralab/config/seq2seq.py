@@ -29,3 +29,9 @@ class Seq2SeqConfig(GradientConfig):
         if self.training.packing:
             raise ValueError("training.packing: false: an encoder sees one prompt")
         return self
+
+    @model_validator(mode="after")
+    def _no_stop(self) -> Seq2SeqConfig:
+        if self.generation.stop:
+            raise ValueError("generation.stop: none: an answer ends at its end token alone")
+        return self
