@@ -271,7 +271,7 @@ def new_cache(config: DecoderConfig) -> Cache:
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The decoder with its head: predicts each next token.
 
-    The loss is the mean negative log-likelihood of the labels, with experts plus
+    The loss is the mean negative log-likelihood of the labels; in training, with experts, plus
     load_balance_coef times `load_balance`.
     """
 
@@ -342,12 +342,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):  # type: igno
         attention_mask: Tensor | None = None,
         num_items_in_batch: Any = None,
     ) -> Tensor | None:
-        """What experts add to the loss, None without any.
+        """What experts add to the loss in training, None in evaluation and without any.
 
         Of several batches of one update each adds its share of the learned tokens, so that the sum
         does not grow with their number.
         """
-        if outputs.router_logits is None:
+        if outputs.router_logits is None or not self.training:
             return None
         loss = load_balance(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
         loss = self.config.load_balance_coef * loss
