@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from peft import PeftModel
 
 import tiny
@@ -17,6 +19,7 @@ from loralab.config import ClassifyConfig, parse
 from loralab.errors import UserError
 from loralab.gradient.classify import collate, encode, last_token_head, predict
 from loralab.gradient.loop import checkpoints
+from loralab.gradient.session import Summed
 from loralab.models.load import load_classifier
 from loralab.run import Run
 from test_sft import same_tensors, without_times
@@ -35,14 +38,27 @@ def rows(count: int, seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def encoder() -> Any:
+    """A BERT, which takes the mean of each batch whatever it is told of the others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tf.BertConfig(
+            vocab_size=tiny.VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=88, max_position_embeddings=96, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, initializer_range=0.2,
+        )  # fmt: skip
+        return tf.BertForSequenceClassification(config)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny models whose padding token is their end token, and sentences for them."""
+    """Tiny models whose padding token is their end token, and sentences for them."""
     path = tmp_path_factory.mktemp("classify")
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    for kind in ("llama", "gpt2"):
-        tiny.model(kind).save_pretrained(path / kind)
+    for kind in ("llama", "gpt2", "bert"):
+        made = encoder() if kind == "bert" else tiny.model(kind)
+        made.save_pretrained(path / kind)
         tokenizer.save_pretrained(path / kind)
     (path / "train.jsonl").write_text(rows(48, 1))
     (path / "test.jsonl").write_text(rows(24, 2))
@@ -175,12 +191,14 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert same_tensors(*tensors)
 
 
-def test_an_update_s_loss_does_not_depend_on_its_batches(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_an_update_does_not_depend_on_its_batches(kind: str, folder: Path, tmp_path: Path) -> None:
     runs = [
         run_it(
             tmp_path / str(size),
             config_for(
                 folder,
+                kind,
                 adapter={"dropout": 0.0},
                 training={"batch_size": size, "grad_accumulation": 6 // size, "steps": 4},
                 evaluation={"limit": 1, "every": None},
@@ -189,6 +207,22 @@ def test_an_update_s_loss_does_not_depend_on_its_batches(folder: Path, tmp_path:
         for size in (6, 2)
     ]
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-4)
+    norms = [[row["grad_norm"] for row in run.metrics() if "grad_norm" in row] for run in runs]
+    assert len(norms[0]) == 4
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_a_share_without_any_row_adds_nothing() -> None:
+    model, ids = encoder().train(), torch.tensor([[4, 5, 6]])
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(average_tokens_across_devices=False))
+    for label in (-100, 1):
+        model.zero_grad()
+        given = {"input_ids": ids, "labels": torch.tensor([label])}
+        value = Summed.compute_loss(trainer, model, given, num_items_in_batch=torch.tensor(3))
+        value.backward()
+        gradient = model.classifier.weight.grad
+        assert gradient.isfinite().all()
+        assert (float(value) > 0) == bool(gradient.any()) == (label == 1)
 
 
 def test_what_cannot_be_classified_is_said(folder: Path, tmp_path: Path) -> None:

@@ -108,6 +108,19 @@ def test_packed_rows_do_not_see_each_other() -> None:
         )
 
 
+def test_masks_of_long_sequences_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GROUPED", 8)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 30, 8, generator=generator) for _ in range(3))
+    before = attention._kept_mask.cache_info().misses
+    found, _ = sequence_attention(nn.Module(), q, k, v, None, sliding_window=11)
+    assert attention._kept_mask.cache_info().misses == before
+    monkeypatch.setattr(attention, "GROUPED", 64)
+    wanted, _ = sequence_attention(nn.Module(), q, k, v, None, sliding_window=11)
+    assert attention._kept_mask.cache_info().misses == before + 1
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_sequence_depends_on_itself_alone() -> None:
     model = with_lora("llama").eval()
     causal = model.get_base_model()

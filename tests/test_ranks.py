@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import TrainingArguments
 
 import test_classify
 import test_seq2seq
 import test_verifier
 import tiny
 from loralab import pipeline, ranks
-from loralab.config import parse
+from loralab.config import TrainingConfig, parse
 from loralab.errors import UserError
-from loralab.gradient.loop import checkpoints
+from loralab.gradient.loop import arguments, checkpoints
 from loralab.gradient.shares import BLANK, Shares, shared_loader
 from loralab.run import Run
 from test_classify import folder as classify_folder
@@ -65,6 +67,19 @@ def test_a_process_without_a_row_runs_one_that_does_not_count() -> None:
         assert not any(BLANK in batch for batch in whole)
         assert last[BLANK]
         assert last["labels"].tolist() == ([[-100, -100]] if mask else [[0, 0]])
+
+
+def test_one_process_takes_one_gpu_however_many_there_are(tmp_path: Path) -> None:
+    class OnFour(TrainingArguments):  # type: ignore[misc]
+        @cached_property
+        def _setup_devices(self) -> torch.device:
+            self._n_gpu = 4
+            return torch.device("cpu")
+
+    settings = TrainingConfig(steps=1, batch_size=6)
+    made = arguments(OnFour, torch.nn.Linear(1, 1), settings, 0, tmp_path, False, keep=False)
+    assert made.train_batch_size == 6
+    assert made.n_gpu == 1
 
 
 def test_alone_nothing_is_asked_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

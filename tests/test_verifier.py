@@ -18,7 +18,7 @@ from loralab.config import AdapterConfig, TrainingConfig, VerifierConfig, parse
 from loralab.config.verifier import HeadConfig
 from loralab.errors import UserError
 from loralab.gradient.dpo import Layout
-from loralab.gradient.events import StepDone
+from loralab.gradient.events import Remark, StepDone
 from loralab.gradient.loop import checkpoints
 from loralab.gradient.rows import Row
 from loralab.gradient.verifier import (
@@ -113,6 +113,17 @@ def test_one_label_alone_teaches_nothing() -> None:
         train_verifier(verifier, wrong, settings, HeadConfig(), 0, layout=layout)
 
 
+def test_the_loss_of_the_next_token_is_not_made_of_a_head_that_is_not_known() -> None:
+    settings = TrainingConfig(steps=1, batch_size=4)
+    verifier, layout = verifier_of(settings, random=True)
+    verifier.model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UserError, match=r"verifier\.lm_weight.*soft-capped"):
+        train_verifier(
+            verifier, some_solutions(), settings, HeadConfig(lm_weight=0.5), 0, layout=layout
+        )
+    train_verifier(verifier, some_solutions(), settings, HeadConfig(), 0, layout=layout)
+
+
 def test_balanced_keeps_as_many_of_both_by_the_seed() -> None:
     many = some_solutions(40)
     kept = balanced(many, 3)
@@ -181,6 +192,44 @@ def config_for(folder: Path, **changes: Any) -> VerifierConfig:
     made = parse(values, "test")
     assert isinstance(made, VerifierConfig)
     return made
+
+
+def test_long_candidates_are_judged_and_long_solutions_are_not_learned_from(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": tiny.words(2 + i % 5, i), "completion": "bc"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    options = {"path": str(tmp_path / "rows.jsonl"), "test_share": 0.4}
+
+    def config_with(longest: int) -> VerifierConfig:
+        return config_for(
+            folder,
+            task={"name": "supervised", "options": options},
+            training={"steps": 2, "batch_size": 8, "max_length": longest},
+        )
+
+    said: list[str] = []
+    pipeline.start(
+        config_with(6),
+        tmp_path / "run",
+        lambda e: said.append(e.text) if isinstance(e, Remark) else None,
+    )
+    run = Run.open(tmp_path / "run")
+
+    def lengths(name: str) -> list[int]:
+        records = [json.loads(line) for line in (run.path / name).open()]
+        return [len(r["prompt"]) + len(r["tokens"]) for r in records]
+
+    tested = len({json.loads(line)["example"] for line in (run.path / "candidates.jsonl").open()})
+    assert len(lengths("candidates.jsonl")) == 8 * tested
+    assert max(lengths("candidates.jsonl")) > 6
+    long = sum(length > 6 for length in lengths("solutions.jsonl"))
+    whole = len(lengths("solutions.jsonl"))
+    assert 0 < long < whole == 14 * 24
+    assert run.environment()["rows"] <= whole - long
+    assert any(f"{long} of {whole} solutions are longer" in text for text in said)
+    with pytest.raises(UserError, match=r"all 336 .* longer than training\.max_length 3"):
+        pipeline.start(config_with(3), tmp_path / "none", lambda event: None)
 
 
 def without_times(run: Run) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from loralab.gradient.dpo import (
     PairRow,
     PreparedPairs,
     Reference,
-    causal_of,
     preference,
     prepare_pairs,
     reference_of,
@@ -31,10 +30,11 @@ from loralab.gradient.events import (
     ignore,
 )
 from loralab.gradient.fine_tune import FineTuned, trainable
+from loralab.gradient.forward import causal_of
 from loralab.gradient.guarded import guards
 from loralab.gradient.judge import Judge
-from loralab.gradient.loop import checkpoints, quiet, step_of, total_steps
-from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
+from loralab.gradient.loop import quiet, total_steps
+from loralab.gradient.outputs import kept_when_not_finite, pass_on, resumed, save_trained
 from loralab.gradient.preferences import Parsed, Preferences
 from loralab.run import Run
 from loralab.timings import Timings
@@ -94,10 +94,7 @@ def _align(
     for remark in _remarks(prepared, parsed, settings.max_length):
         on_event(Remark(remark))
 
-    found = checkpoints(run.checkpoints)
-    resume_from = found[-1] if found else None
-    done = 0 if resume_from is None else step_of(resume_from)
-    rewind(run, done)
+    resume_from, done = resumed(run)
     answers = Answers(run, judge, timings, on_event)
     untouched = run.leads and not any(row.get("phase") == "before" for row in run.metrics())
     texts = judge.base() if untouched else []

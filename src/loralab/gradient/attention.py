@@ -13,24 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from loralab.engines.attention import attention_configs
+from loralab.gradient.known_models import MODEL_TYPES
 
 NAME = "loralab_sequences"
-
-MODEL_TYPES = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "phi3",
-        "olmo2",
-        "smollm3",
-        "gemma3_text",
-        "gpt2",
-        "loralab_decoder",
-    }
-)
-"""Models known to take their positions from position_ids and their attention from the interface."""
 
 GROUPED = 512
 """Tokens up to which a sequence's scores are held whole: heads * tokens**2 numbers a layer."""
@@ -80,7 +65,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) 
     """
     _, heads, tokens, width = q.shape
     groups = k.shape[1]
-    mask = _mask(tokens, window, heads // groups, q.dtype)
+    mask = _kept_mask(tokens, window, heads // groups, q.dtype)
     scores = torch.baddbmm(mask, (q * scale).reshape(groups, -1, width), k[0].transpose(1, 2))
     out = torch.bmm(scores.softmax(dim=-1), v[0])
     return out.view(1, heads, tokens, -1).transpose(1, 2)
@@ -93,23 +78,27 @@ def _sdpa(
     if share > 1:
         k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))
     banded = window is not None and q.shape[2] > window
-    mask = _mask(q.shape[2], window, 1, q.dtype).to(q.device) if banded else None
+    # Made anew: at these lengths a few kept ones are gigabytes.
+    mask = _mask(q.shape[2], window, 1, q.dtype, q.device) if banded else None
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not banded, scale=scale
     ).transpose(1, 2)
 
 
-@lru_cache(maxsize=32)
-def _mask(tokens: int, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
+def _mask(
+    tokens: int, window: int | None, repeats: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """(repeats * tokens, tokens), 0 where a query sees a key (causal, in the window), else -inf."""
-    places = torch.arange(tokens)
-    behind = places[:, None] - places[None, :]
-    hidden = behind < 0
+    hidden = torch.full((tokens, tokens), -torch.inf, dtype=dtype, device=device)
+    mask = hidden.triu(1)
     if window is not None:
-        hidden |= behind >= window
-    return (
-        torch.zeros(tokens, tokens, dtype=dtype).masked_fill(hidden, -torch.inf).repeat(repeats, 1)
-    )
+        mask += hidden.tril_(-window)
+    return mask if repeats == 1 else mask.repeat(repeats, 1)
+
+
+@lru_cache(maxsize=32)
+def _kept_mask(tokens: int, window: int | None, repeats: int, dtype: torch.dtype) -> Tensor:
+    return _mask(tokens, window, repeats, dtype, torch.device("cpu"))
 
 
 AttentionInterface.register(NAME, sequence_attention)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -23,9 +22,9 @@ from loralab.engines.base import Completion
 from loralab.errors import UserError
 from loralab.gradient.events import OnTrainingEvent, ignore
 from loralab.gradient.fine_tune import FineTuned
+from loralab.gradient.forward import causal_of, forward_as
 from loralab.gradient.judge import Progress
-from loralab.gradient.loop import Watched
-from loralab.gradient.session import Parts, Record, run_session
+from loralab.gradient.session import Parts, Record, Summed, run_session
 from loralab.rollouts import Batch, Rollout
 from loralab.run import Run
 from loralab.tasks.base import Example, Labelled, Prompt, Score, Split
@@ -77,7 +76,7 @@ def _parts(config: ClassifyConfig, task: Any) -> Parts:
         cut=cut,
         collate=lambda some: collate(some, pad_id),
         judge=ClassJudge(model, tokenizer, batch, task, config.training.batch_size, longest),
-        trainer=Watched,
+        trainer=Summed,
         arguments=TrainingArguments,
         wrapped=last_token_head,
     )
@@ -110,8 +109,8 @@ def collate(records: Sequence[Record], pad_id: int) -> dict[str, Tensor]:
 
 @contextmanager
 def last_token_head(model: Any) -> Iterator[None]:
-    """Within it a decoder with a `score` head pools by the attention mask, and runs the head on
-    those tokens alone. Encoders, which pool otherwise, are left as they are.
+    """Within it a decoder with a `score` head pools by the attention mask, runs the head on those
+    tokens alone, and gives logits without a loss. Encoders pool otherwise and are left as they are.
 
     model: a Transformers ...ForSequenceClassification without PEFT's wrapper.
     """
@@ -121,13 +120,8 @@ def last_token_head(model: Any) -> Iterator[None]:
     body = getattr(model, model.base_model_prefix)
 
     def forward(
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        self: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        assert input_ids is not None
         hidden = body(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
@@ -135,22 +129,11 @@ def last_token_head(model: Any) -> Iterator[None]:
         places = torch.arange(mask.shape[1], device=mask.device)
         last = (places * (mask != 0)).argmax(1)
         pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        logits = model.score(pooled.to(_dtype(model.score))).float()
-        loss = None
-        if labels is not None:
-            count = len(labels) if num_items_in_batch is None else num_items_in_batch
-            loss = cross_entropy(logits, labels.to(logits.device), reduction="sum") / count
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        logits = self.score(pooled.to(_dtype(self.score))).float()
+        return SequenceClassifierOutput(logits=logits)
 
-    before = model.__dict__.get("forward")
-    model.__dict__["forward"] = forward
-    try:
+    with forward_as(model, forward):
         yield
-    finally:
-        if before is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.__dict__["forward"] = before
 
 
 def _dtype(head: Any) -> torch.dtype:
@@ -167,13 +150,12 @@ def predict(
 
     model: as `last_token_head` has it, or PEFT's around it.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
     found: list[int] = []
     try:
-        with last_token_head(inner):
+        with last_token_head(causal_of(model)):
             for at in range(0, len(texts), batch_size):
                 some = [
                     {"input_ids": encode(tokenizer, text)[:max_length]}

@@ -35,8 +35,9 @@ from loralab.errors import UserError
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import flatten, pad
 from loralab.gradient.dropout import without_base_dropout
+from loralab.gradient.forward import causal_of, forward_kept
 from loralab.gradient.log_probs import LOG_PROBS, labelled_log_probs
-from loralab.gradient.loop import History, arguments, fast_step, forward_kept, quiet
+from loralab.gradient.loop import History, arguments, fast_step, quiet
 from loralab.gradient.parts import InParts, set_parts
 from loralab.gradient.preferences import Pair
 from loralab.gradient.rows import IGNORED, Row, RowEncoder
@@ -179,11 +180,6 @@ class Layout:
             attention.named_attention(causal, name),
         ):
             yield
-
-
-def causal_of(model: Any) -> Any:
-    """The causal LM under an adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def token_owners(batch: Mapping[str, Any]) -> Tensor:

@@ -23,8 +23,8 @@ from loralab.gradient.events import (
 )
 from loralab.gradient.guarded import guards
 from loralab.gradient.judge import Judge
-from loralab.gradient.loop import checkpoints, quiet, step_of, total_steps
-from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
+from loralab.gradient.loop import quiet, total_steps
+from loralab.gradient.outputs import kept_when_not_finite, pass_on, resumed, save_trained
 from loralab.gradient.rows import Prepared, Row, rows_of_task
 from loralab.gradient.sft import train
 from loralab.run import Run
@@ -90,10 +90,7 @@ def _fine_tune(
     if prepared.cut:
         on_event(Remark(_cut_remark(prepared, settings.max_length)))
 
-    found = checkpoints(run.checkpoints)
-    resume_from = found[-1] if found else None
-    done = 0 if resume_from is None else step_of(resume_from)
-    rewind(run, done)
+    resume_from, done = resumed(run)
     answers = Answers(run, judge, timings, on_event)
     answers.before()
 

@@ -14,6 +14,7 @@ base where an initialisation changed the weights under it, it pads, and it makes
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,13 +34,13 @@ from loralab.errors import UserError
 from loralab.gradient.dpo import (
     Layout,
     Reference,
-    causal_of,
     reference_of,
     run_batch,
     to_device,
     token_owners,
 )
-from loralab.gradient.loop import History, Watched, arguments, fast_step, forward_kept, quiet
+from loralab.gradient.forward import causal_of, forward_kept
+from loralab.gradient.loop import History, Watched, arguments, fast_step, quiet
 from loralab.gradient.rows import Row
 
 COLUMNS = (
@@ -179,13 +180,18 @@ class _Trainer(Watched):
             self.pieces = self._collect(model, number)
         self.note(**self.told)
         total = torch.zeros((), device=self.args.device)
+        sums: defaultdict[str, float] = defaultdict(float)
         for piece in self.pieces:
             with self.compute_loss_context_manager():
-                value = self._loss(model, piece)
+                value, told = self._loss(model, piece)
+            for name, part in told.items():
+                sums[name] += part
             self.accelerator.backward(value)
             total += value.detach()
             self.tokens_here += piece.tokens
             self.state.num_input_tokens_seen += piece.tokens
+        if count := sums.pop("learned", 0.0):
+            self.note(**{name: part / count for name, part in sums.items()})
         self._check("the loss", float(total))
         return total
 
@@ -233,7 +239,8 @@ class _Trainer(Watched):
             sum(len(row.input_ids) for row in rows),
         )
 
-    def _loss(self, model: Any, piece: _Piece) -> Tensor:
+    def _loss(self, model: Any, piece: _Piece) -> tuple[Tensor, dict[str, float]]:
+        """A piece's share of the loss, and sums over its learned tokens."""
         policy = self.policy
         if policy.beta and piece.reference is None:
             with torch.no_grad(), self.reference():
@@ -246,10 +253,10 @@ class _Trainer(Watched):
         free = ratio * piece.advantages
         held = ratio.clamp(1 - policy.clip, 1 + high) * piece.advantages
         gain = torch.minimum(free, held)
-        self.note(clipped=float((held < free).float().mean()))
+        told = {"learned": float(len(now)), "clipped": float((held < free).sum())}
         if piece.reference is not None:
             away = piece.reference - now
             divergence = away.exp() - away - 1
-            self.note(kl=float(divergence.detach().mean()))
+            told["kl"] = float(divergence.detach().sum())
             gain = gain - policy.beta * divergence
-        return -(piece.weights * gain).sum()
+        return -(piece.weights * gain).sum(), told

@@ -15,6 +15,7 @@ from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import flatten, pad
+from loralab.gradient.forward import causal_of
 from loralab.gradient.layers import fused_layers
 from loralab.gradient.rows import Row
 from loralab.rollouts import stable_hash
@@ -37,11 +38,11 @@ def own_step(model: Any, fast: bool) -> Iterator[bool]:
 
 @torch.no_grad()
 def mean_loss(
-    model: Any, rows: Sequence[Row], batch_size: int, autocast: bool = False
+    model: Any, rows: Sequence[Row], batch_size: int = 1, autocast: bool = False
 ) -> float | None:
     """Mean negative log-likelihood of a learned token in nats; None without rows.
 
-    autocast: products in bf16, as they are in training.
+    model: a causal LM, or PEFT's around it. autocast: products in bf16, as they are in training.
     """
     if not rows:
         return None
@@ -49,7 +50,10 @@ def mean_loss(
     model.eval()
     device = model.get_input_embeddings().weight.device
     total, count = 0.0, 0
-    with own_step(model, fast=True) as flat, torch.autocast(device.type, torch.bfloat16, autocast):
+    with (
+        own_step(causal_of(model), fast=True) as flat,
+        torch.autocast(device.type, torch.bfloat16, autocast),
+    ):
         for at in range(0, len(rows), batch_size):
             some = rows[at : at + batch_size]
             batch = flatten(some) if flat else pad(some, 0)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loralab.gradient.forward import forward_as
 from loralab.gradient.loss import PIECE, cross_entropy, reason_against
 from loralab.gradient.rows import IGNORED
 
@@ -33,7 +33,6 @@ def labelled_log_probs(model: Any, temperature: float = 1.0, whole: bool = False
     the whole logits, as is done for a model that is not known to be backbone and head. Calls
     without labels are as before.
     """
-    before = model.__dict__.get("forward")
     original = model.forward
     plain_head = not whole and reason_against(model) is None
 
@@ -51,14 +50,8 @@ def labelled_log_probs(model: Any, temperature: float = 1.0, whole: bool = False
         logits = original(*args, **kw).logits[:, :-1][learned].float() / temperature
         return {LOG_PROBS: -functional.cross_entropy(logits, targets[learned], reduction="none")}
 
-    model.forward = MethodType(forward, model)
-    try:
+    with forward_as(model, forward):
         yield
-    finally:
-        if before is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.forward = before
 
 
 def token_log_probs(

@@ -124,7 +124,7 @@ def arguments(
     if schedule == "constant" and settings.warmup:
         schedule = "constant_with_warmup"  # type: ignore[assignment]
     try:
-        return kind(
+        made = kind(
             output_dir=str(folder),
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.grad_accumulation,
@@ -154,6 +154,11 @@ def arguments(
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
+    if made.n_gpu > 1:
+        # Or the Trainer copies the model onto every GPU in sight (DataParallel) and multiplies the
+        # batch by their number; a launcher's processes have one each.
+        made._n_gpu = 1
+    return made
 
 
 class Watched(Trainer):  # type: ignore[misc]
@@ -329,20 +334,6 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The number of steps that were made when a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-@contextmanager
-def forward_kept(*models: Any) -> Iterator[None]:
-    """Take out again what TRL and Accelerate put over `forward`, or calls would pile up."""
-    before = [model.__dict__.get("forward") for model in models]
-    try:
-        yield
-    finally:
-        for model, forward in zip(models, before, strict=True):
-            if forward is None:
-                model.__dict__.pop("forward", None)
-            else:
-                model.__dict__["forward"] = forward
 
 
 @contextmanager

@@ -12,35 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loralab.gradient.forward import forward_as
+from loralab.gradient.known_models import MODEL_TYPES
 from loralab.gradient.native.layers import kernels, takes
 from loralab.gradient.native.switch import wanted
 from loralab.gradient.rows import IGNORED
 
 PIECE = 256
 """Learned tokens whose logits exist at one time."""
-
-MODEL_TYPES = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "phi3",
-        "olmo2",
-        "smollm3",
-        "gemma3_text",
-        "gpt2",
-        "loralab_decoder",
-    }
-)
-"""Models whose `forward` is known to be backbone, head, loss, and nothing else."""
+IN_CACHE = 8
+"""Tokens whose fp32 probabilities are made at one time on a CPU: a quarter of the time of PIECE."""
 
 
 def reason_against(model: Any) -> str | None:
@@ -62,7 +49,6 @@ def labelled_head(model: Any) -> Iterator[None]:
 
     model: the causal LM itself, not the PEFT model around it. Calls without labels are as before.
     """
-    before = model.__dict__.get("forward")
     original = model.forward
 
     def forward(
@@ -86,14 +72,8 @@ def labelled_head(model: Any) -> Iterator[None]:
             loss = loss if extra is None else loss + extra
         return CausalLMOutputWithPast(loss=loss)
 
-    model.forward = MethodType(forward, model)
-    try:
+    with forward_as(model, forward):
         yield
-    finally:
-        if before is None:
-            model.__dict__.pop("forward", None)
-        else:
-            model.forward = before
 
 
 def labelled_loss(hidden: Tensor, labels: Tensor, head: nn.Linear, count: Any = None) -> Tensor:
@@ -166,10 +146,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, slopes: bool) -> tuple[Tensor
             raise IndexError(f"a label is outside the vocabulary of {logits.shape[1]}")
         losses = native.cross_entropy(logits, targets.to(torch.int64).contiguous(), slopes)
         return losses, logits if slopes else None
-    log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
-    losses = -log_p.gather(1, targets[:, None])[:, 0]
-    if not slopes:
-        return losses, None
-    slope = log_p.exp_()
-    slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-    return losses, slope.to(logits.dtype)
+    step = IN_CACHE if logits.device.type == "cpu" else max(1, len(targets))
+    losses = logits.new_empty(len(targets), dtype=torch.float32)
+    for at in range(0, len(targets), step):
+        rows = slice(at, at + step)
+        log_p = logits[rows].log_softmax(dim=-1, dtype=torch.float32)
+        chosen = targets[rows, None]
+        losses[rows] = -log_p.gather(1, chosen)[:, 0]
+        if slopes:
+            slope = log_p.exp_()
+            slope.scatter_add_(1, chosen, slope.new_full((len(slope), 1), -1.0))
+            logits[rows] = slope
+    return losses, logits if slopes else None

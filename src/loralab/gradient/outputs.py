@@ -10,7 +10,7 @@ from typing import Any
 
 from loralab import durable
 from loralab.gradient.events import OnTrainingEvent, Remark
-from loralab.gradient.loop import NonFiniteError
+from loralab.gradient.loop import NonFiniteError, checkpoints, step_of
 from loralab.health.findings import Finding
 from loralab.run import Run
 
@@ -61,17 +61,27 @@ def rewind(run: Run, step: int) -> None:
             run.write(name, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+def resumed(run: Run) -> tuple[Path | None, int]:
+    """Where to go on: the newest whole checkpoint and its step, None and 0 without any. What was
+    written down after it is forgotten."""
+    found = checkpoints(run.checkpoints)
+    step = step_of(found[-1]) if found else 0
+    rewind(run, step)
+    return (found[-1] if found else None), step
+
+
 @contextmanager
 def kept_when_not_finite(model: Any, tokenizer: Any, base: str, run: Run) -> Iterator[None]:
     """Save the weights of the step before, and say why, when training ends in a NonFiniteError."""
     try:
         yield
     except NonFiniteError as error:
+        folder = "adapter" if hasattr(model, "peft_config") else "model"
         run.log_finding(
             not_finite(
                 error,
-                "adapter/ holds the weights of the step before; a lower learning rate or a longer "
-                "warm-up usually cures it",
+                f"{folder}/ holds the weights of the step before; a lower learning rate or a "
+                "longer warm-up usually cures it",
             )
         )
         save_trained(model, tokenizer, base, run)

@@ -36,20 +36,17 @@ from loralab.gradient.events import (
     TrainingStarted,
     ignore,
 )
+from loralab.gradient.forward import forward_kept
 from loralab.gradient.guarded import guards
 from loralab.gradient.held_out import mean_loss, own_step, perplexity, sample
 from loralab.gradient.loop import (
     History,
-    NonFiniteError,
     Watched,
     arguments,
-    checkpoints,
-    forward_kept,
     quiet,
-    step_of,
     total_steps,
 )
-from loralab.gradient.outputs import not_finite, rewind, save_trained
+from loralab.gradient.outputs import kept_when_not_finite, resumed, save_trained
 from loralab.gradient.rows import Row
 from loralab.gradient.stream import Mixture, rows_of, shuffled, token_counts
 from loralab.gradient.tokenizer import train_tokenizer
@@ -134,10 +131,7 @@ def _pretrain(
     with timings.phase("init_population"):
         model = build(config, tokenizer).to(device)
 
-    found = checkpoints(run.checkpoints)
-    resume_from = found[-1] if found else None
-    done = 0 if resume_from is None else step_of(resume_from)
-    rewind(run, done)
+    resume_from, done = resumed(run)
     probe = _Probe(config, run, model, tokenizer, held, timings, on_event)
     if not any(row.get("phase") == "before" for row in run.metrics()):
         probe.line(0, "before")
@@ -155,21 +149,8 @@ def _pretrain(
             resumed_at=done or None,
         )
     )
-    try:
-        with timings.phase("training"):
-            history = train(
-                model, tokenizer, mixture, config, watching, run.checkpoints, resume_from
-            )
-    except NonFiniteError as error:
-        run.log_finding(
-            not_finite(
-                error,
-                "model/ holds the weights of the step before; a lower learning rate or a longer "
-                "warm-up usually cures it",
-            )
-        )
-        save_trained(model, tokenizer, config.model, run)
-        raise
+    with timings.phase("training"), kept_when_not_finite(model, tokenizer, config.model, run):
+        history = train(model, tokenizer, mixture, config, watching, run.checkpoints, resume_from)
     with timings.phase("saving"), quiet():
         save_trained(model, tokenizer, config.model, run)
     if history.complete:

@@ -27,8 +27,8 @@ from loralab.gradient.grpo import COLUMNS, Group, Sampled, train_policy
 from loralab.gradient.guarded import guards
 from loralab.gradient.judge import Judge
 from loralab.gradient.live import LiveEngine
-from loralab.gradient.loop import checkpoints, quiet, step_of
-from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
+from loralab.gradient.loop import quiet
+from loralab.gradient.outputs import kept_when_not_finite, pass_on, resumed, save_trained
 from loralab.gradient.rows import IGNORED, Row
 from loralab.rollouts import Batch, Rollout, completion_rows
 from loralab.run import Run
@@ -80,10 +80,7 @@ def _reinforce(
     source = _Source(config, task, tokenizer, live, run, timings, on_event)
     run.note(kernel=live.kernel, rows=len(source.examples))
 
-    found = checkpoints(run.checkpoints)
-    resume_from = found[-1] if found else None
-    done = 0 if resume_from is None else step_of(resume_from)
-    rewind(run, done)
+    resume_from, done = resumed(run)
     answers = Answers(run, judge, timings, on_event)
     answers.before()
 

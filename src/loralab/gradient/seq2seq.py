@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from loralab import tasks
@@ -20,9 +19,8 @@ from loralab.engines.base import Completion
 from loralab.gradient.events import OnTrainingEvent, ignore
 from loralab.gradient.fine_tune import FineTuned
 from loralab.gradient.judge import Progress
-from loralab.gradient.loop import Watched
 from loralab.gradient.rows import IGNORED
-from loralab.gradient.session import Parts, Record, run_session
+from loralab.gradient.session import Parts, Record, Summed, run_session
 from loralab.rollouts import Batch, Rollout, stable_hash
 from loralab.run import Run
 from loralab.tasks.base import Example, Measured, Prompt, Score, Split, Task
@@ -112,24 +110,8 @@ def collate(records: Sequence[Record], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class _Trainer(Watched, Seq2SeqTrainer):  # type: ignore[misc]
-    """Transformers', with the mean over the answer tokens of the whole update."""
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        outputs, labels = model(**inputs), inputs["labels"]
-        logits = outputs.logits.flatten(0, 1).float()
-        total = cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        value = total / count
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            value = value * self.accelerator.num_processes
-        return (value, outputs) if return_outputs else value
+class _Trainer(Summed, Seq2SeqTrainer):  # type: ignore[misc]
+    """Transformers', with our loss."""
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, TrainingArguments
 
 from loralab.config.training import GradientConfig
@@ -26,19 +27,18 @@ from loralab.gradient.events import (
     TrainingStarted,
 )
 from loralab.gradient.fine_tune import FineTuned, trainable
+from loralab.gradient.forward import causal_of, forward_kept
 from loralab.gradient.guarded import guards
 from loralab.gradient.loop import (
     History,
     Watched,
     arguments,
-    checkpoints,
     fast_step,
-    forward_kept,
     quiet,
-    step_of,
     total_steps,
 )
-from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
+from loralab.gradient.outputs import kept_when_not_finite, pass_on, resumed, save_trained
+from loralab.gradient.rows import IGNORED
 from loralab.run import Run
 from loralab.timings import Timings
 
@@ -58,6 +58,36 @@ STARTS = (
 is."""
 
 
+class Summed(Watched):
+    """The loss of an update is the mean over its labels, however they fall into batches.
+
+    It is made here, of the model's logits: many models, encoders among them, take the mean of each
+    batch alone whatever they are told of the others.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # or the labels of an update are not counted
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """logits (..., classes), labels (...), -100 where nothing is learned."""
+        outputs = model(**inputs)
+        logits = outputs.logits.flatten(0, -2).float()
+        labels = inputs["labels"].flatten().to(logits.device)
+        total = cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        value = total / count
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            value = value * self.accelerator.num_processes
+        return (value, outputs) if return_outputs else value
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a kind brings to a run.
@@ -75,7 +105,7 @@ class Parts:
     cut: int
     collate: Callable[[Sequence[Record]], dict[str, Any]]
     judge: Answerer
-    trainer: type[Watched]
+    trainer: type[Summed]
     arguments: type[TrainingArguments]
     wrapped: Callable[[Any], AbstractContextManager[None]] = nullcontext
 
@@ -124,10 +154,7 @@ def _run(
     run.note(kernel="transformers", rows=rows, rows_cut=parts.cut)
     if parts.cut:
         on_event(Remark(f"{parts.cut} of {rows} rows are longer than allowed and lose their end"))
-    found = checkpoints(run.checkpoints)
-    resume_from = found[-1] if found else None
-    done = 0 if resume_from is None else step_of(resume_from)
-    rewind(run, done)
+    resume_from, done = resumed(run)
     answers = Answers(run, parts.judge, timings, on_event)
     answers.before()
     with timings.phase("init_population"), quiet():
@@ -169,7 +196,7 @@ def _train(
     run: Run,
     resume_from: Any,
 ) -> History:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = causal_of(model)
     notes: tuple[str, ...] = ()
     with ExitStack() as stack:
         stack.enter_context(forward_kept(model, inner))
@@ -191,8 +218,6 @@ def _train(
             train_dataset=Dataset.from_list([dict(record) for record in parts.records]),
             callbacks=list(callbacks),
         )
-        # The loss is divided by what the whole update learns, not by each batch's share.
-        trainer.model_accepts_loss_kwargs = True
         trainer.remove_callback(PrinterCallback)
         if config.training.fast and config.adapter is not None:
             notes = stack.enter_context(fast_step(model))

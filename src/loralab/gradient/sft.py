@@ -23,11 +23,11 @@ from loralab.config import TrainingConfig
 from loralab.errors import UserError
 from loralab.gradient import attention, loss
 from loralab.gradient.collate import as_record, as_row, flatten, pad
+from loralab.gradient.forward import causal_of, forward_kept
 from loralab.gradient.loop import (
     History,
     arguments,
     fast_step,
-    forward_kept,
     precision_kept,
     quiet,
 )
@@ -66,7 +66,7 @@ def train(
     """
     if not rows:
         raise UserError("there are no rows to train on")
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_of(model)
     notes, flat, labelled = _plan(causal, settings)
     if settings.packing:
         rows = pack(rows, settings.max_length)

@@ -46,10 +46,10 @@ class Sampler:
     def solutions(
         self, split: Split, examples: Sequence[Example], samples: int, progress: Progress
     ) -> list[list[Solution]]:
-        """Solutions of each example, those that could be made.
+        """Solutions of each example, those that could be made, however long.
 
         Raises:
-            UserError: none could, or one is longer than training.max_length.
+            UserError: none could.
         """
         config = self._config
         settings: GenerationConfig = config.generation.model_copy(
@@ -67,15 +67,30 @@ class Sampler:
             for place, (rollout, answer) in enumerate(zip(batch.judge(given), given, strict=True)):
                 prompt = tuple(self._encoder.encode(rollout.prompt))
                 row = Row(prompt + answer.tokens, (IGNORED,) * len(prompt) + answer.tokens)
-                fits = len(row.input_ids) <= config.training.max_length
-                if answer.finish_reason != "error" and row.learned and fits:
+                if answer.finish_reason != "error" and row.learned:
                     says = answer_of(self._task, rollout.example, rollout.text)
                     right = bool(rollout.score.correct)
                     groups[place].append(Solution(rollout.example.id, row, right, says))
         if not any(groups):
-            why = next((a.error for a in answers if a.error), "longer than training.max_length")
+            why = next((a.error for a in answers if a.error), "they are all empty")
             raise UserError(f"no solution could be sampled: {why}")
         return [group for group in groups if group]
+
+
+def fitting(groups: Sequence[Sequence[Solution]], max_length: int) -> tuple[list[Solution], int]:
+    """The solutions that training.max_length has room for, and how many are longer.
+
+    Raises:
+        UserError: all are.
+    """
+    every = [one for group in groups for one in group]
+    kept = [one for one in every if len(one.row.input_ids) <= max_length]
+    if not kept:
+        raise UserError(
+            f"all {len(every)} sampled solutions are longer than training.max_length {max_length}; "
+            "raise it, or lower generation.max_new_tokens"
+        )
+    return kept, len(every) - len(kept)
 
 
 def answer_of(task: Task, example: Example, text: str) -> str | None:

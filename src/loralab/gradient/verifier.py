@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from types import MethodType
 from typing import Any
 
 import torch
@@ -29,10 +28,10 @@ from transformers import PrinterCallback, TrainingArguments
 from loralab.config import TrainingConfig
 from loralab.config.verifier import HeadConfig
 from loralab.errors import UserError
-from loralab.gradient import attention
-from loralab.gradient.dpo import OWNERS, Layout, causal_of, to_device
-from loralab.gradient.loop import History, Watched, arguments, fast_step, forward_kept, quiet
-from loralab.gradient.loss import labelled_loss
+from loralab.gradient import attention, loss
+from loralab.gradient.dpo import OWNERS, Layout, to_device
+from loralab.gradient.forward import causal_of, forward_as, forward_kept
+from loralab.gradient.loop import History, Watched, arguments, fast_step, quiet
 from loralab.gradient.rows import IGNORED, Row
 from loralab.tasks.metrics import Estimate, mean_of
 
@@ -123,7 +122,6 @@ def judging(causal: Any, head: nn.Linear, layout: Layout, lm_weight: float = 0.0
 
     n: the labelled tokens, row by row; the value of a token is that of the solution up to it.
     """
-    before = causal.__dict__.get("forward")
     original = causal.forward
 
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kw: Any) -> Any:
@@ -134,19 +132,14 @@ def judging(causal: Any, head: nn.Linear, layout: Layout, lm_weight: float = 0.0
         picked = hidden[labels != IGNORED].float()
         found = {"values": nn.functional.linear(picked, head.weight, head.bias)[:, 0]}
         if lm_weight:
-            found["lm"] = lm_weight * labelled_loss(hidden, labels, self.get_output_embeddings())
+            found["lm"] = lm_weight * loss.labelled_loss(
+                hidden, labels, self.get_output_embeddings()
+            )
         return found
 
-    causal.forward = MethodType(forward, causal)
     name = attention.NAME if layout.flat else None
-    try:
-        with attention.named_attention(causal, name):
-            yield
-    finally:
-        if before is None:
-            causal.__dict__.pop("forward", None)
-        else:
-            causal.forward = before
+    with forward_as(causal, forward), attention.named_attention(causal, name):
+        yield
 
 
 def token_values(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -174,6 +167,17 @@ def balanced(solutions: Sequence[Solution], seed: int) -> list[Solution]:
     return [s for i, s in enumerate(solutions) if i in kept]
 
 
+def check_lm_weight(causal: Any, config: HeadConfig) -> None:
+    """Raise a UserError where the loss of the next token is asked of a model whose head is not
+    known to be a linear layer alone."""
+    reason = loss.reason_against(causal) if config.lm_weight else None
+    if reason is not None:
+        raise UserError(
+            f"verifier.lm_weight: this model's loss of the next token is not known: {reason}; "
+            "set it to 0"
+        )
+
+
 def train_verifier(
     verifier: Verifier,
     solutions: Sequence[Solution],
@@ -191,7 +195,8 @@ def train_verifier(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite.
-        UserError: no solutions of both labels, or an optimizer that is not there.
+        UserError: no solutions of both labels, an lm_weight that the model does not allow, or an
+            optimizer that is not there.
     """
     if len({solution.right for solution in solutions}) < 2:
         what = "right" if solutions and solutions[0].right else "wrong"
@@ -200,6 +205,7 @@ def train_verifier(
             "apart; sample more (solutions.examples, solutions.samples), or set solutions.generator"
         )
     model, causal = verifier.model, causal_of(verifier.model)
+    check_lm_weight(causal, config)
     notes = layout.notes
     with ExitStack() as stack:
         folder = output_dir or Path(stack.enter_context(TemporaryDirectory()))

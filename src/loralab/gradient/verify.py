@@ -25,16 +25,17 @@ from loralab.gradient.events import (
 )
 from loralab.gradient.fine_tune import FineTuned, trainable
 from loralab.gradient.guarded import guards
-from loralab.gradient.loop import checkpoints, quiet, step_of, total_steps
-from loralab.gradient.outputs import kept_when_not_finite, pass_on, rewind, save_trained
+from loralab.gradient.loop import quiet, total_steps
+from loralab.gradient.outputs import kept_when_not_finite, pass_on, resumed, save_trained
 from loralab.gradient.rows import IGNORED
-from loralab.gradient.solutions import Sampler, stored
+from loralab.gradient.solutions import Sampler, fitting, stored
 from loralab.gradient.verifier import (
     COLUMNS,
     Picked,
     Solution,
     Verifier,
     balanced,
+    check_lm_weight,
     load_head,
     new_head,
     pick,
@@ -113,6 +114,7 @@ def _verify(
         from loralab.models.load import load
 
         model, tokenizer = load(config.model, config.dtype, config.device, config.quantization)
+        check_lm_weight(model, config.verifier)
     with timings.phase("generation"):
         sampler = Sampler(model, tokenizer, task, config)
         sampled, candidates = _sampled(
@@ -120,17 +122,22 @@ def _verify(
         )
         run.note(kernel=sampler.kernel)
         del sampler  # and with it the engine's copy of the weights
-    solutions = [one for group in sampled for one in group]
-    rights = sum(one.right for one in solutions)
-    on_event(Remark(f"{len(solutions)} solutions sampled, {rights} of them right"))
+    solutions, too_long = fitting(sampled, settings.max_length)
+    rights = sum(one.right for group in sampled for one in group)
+    count = sum(map(len, sampled))
+    on_event(Remark(f"{count} solutions sampled, {rights} of them right"))
+    if too_long:
+        on_event(
+            Remark(
+                f"{too_long} of {count} solutions are longer than training.max_length "
+                f"{settings.max_length} and are not learned from"
+            )
+        )
     if config.solutions.balance:
         solutions = balanced(solutions, config.seed)
-    run.note(rows=len(solutions), sampled=sum(map(len, sampled)), right=rights)
+    run.note(rows=len(solutions), sampled=count, right=rights, too_long=too_long)
 
-    found = checkpoints(run.checkpoints)
-    resume_from = found[-1] if found else None
-    done = 0 if resume_from is None else step_of(resume_from)
-    rewind(run, done)
+    resume_from, done = resumed(run)
     with timings.phase("init_population"), quiet():
         layout = Layout.of(model, tokenizer, settings)
         trained = trainable(model, tokenizer, config, [one.row for one in solutions], run)
