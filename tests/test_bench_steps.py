@@ -394,6 +394,47 @@ def test_command_line_writes_the_page(
     assert str(tmp_path) not in Path("page.md").read_text() + Path("page.json").read_text()
 
 
+@pytest.mark.parametrize("name", ["dpo", "pretrain"])
+def test_the_other_kinds_are_prepared_and_told(
+    name: str, llama: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    raced: list[Work] = []
+
+    def run_race(ways: Mapping[str, Way], work: Work, *_: Any) -> Race:
+        raced.append(work)
+        assert len(work.records()) == 3
+        for record in work.records():
+            lengths = {key: len(record[key]) for key in record}
+            if name == "dpo":
+                assert set(lengths) == {"prompt_ids", "chosen_ids", "rejected_ids"}
+                assert record["chosen_ids"] != record["rejected_ids"]
+            else:
+                assert lengths["input_ids"] == work.max_length
+                assert work.load("float32")[0].config.num_hidden_layers == 4
+        return Race({n: Timed((lap_of(),)) for n in ways}, dict.fromkeys(ways, 1.0), {})
+
+    monkeypatch.setattr(step_page, "pin", lambda core: core)
+    monkeypatch.setattr(step_page, "race", run_race)
+    monkeypatch.chdir(tmp_path)
+    talk = "\n\nHuman: aa bb{}\n\nAssistant: {} dd"
+    rows = [{"chosen": talk.format(i, "cc"), "rejected": talk.format(i, "ee")} for i in range(6)]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("text.txt").write_text("<|endoftext|>".join(tiny.words(300, i) for i in range(4)))
+    words = {
+        "dpo": ["--model", llama, "--data", "pairs.jsonl", "--pairs", "3", "--laps", "2"],
+        "pretrain": ["--data", "text.txt", "--rows", "3", "--laps", "2", "--dtype", "bfloat16"],
+    }[name]
+    assert cli.main(["bench", name, *words]) == 0
+    [work] = raced
+    page = Path(f"docs/bench-{name}.md").read_text()
+    told = {
+        "dpo": ("4 pairs of pairs.jsonl, answers of up to 512 tokens", "LoRA of rank 16"),
+        "pretrain": ("32 rows of 128 tokens of text.txt, bfloat16; pretrain-tiny, ",),
+    }[name]
+    assert all(text in page for text in told)
+    assert (work.steps, work.lr) == {"dpo": (6, 5e-5), "pretrain": (24, 3e-3)}[name]
+
+
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
