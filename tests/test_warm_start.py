@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import tiny
 from loralab.adapters import initialize
 from loralab.adapters.extract import state_of
+from loralab.engines.base import Completion, Request
 from loralab.errors import UserError
 from loralab.gradient import warm_start
 from loralab.tasks.base import Example, Score, Split
@@ -107,7 +108,7 @@ def test_the_model_s_own_right_answers_are_kept_and_learned(base: Any) -> None:
     model, tokenizer = base
     options = {"task": "vowels", "examples": 8, "samples": 3, "steps": 12, "lr": 1e-2}
     peft = peft_model(4, model)
-    report = initialize(peft, "warm_start", tokenizer=tokenizer, max_new_tokens=6, **options)
+    report = initialize(peft, "warm_start", tokenizer=tokenizer, max_new_tokens=40, **options)
     figures = report.figures
     assert figures["sampled"] == 24
     assert 1 <= figures["kept"] <= 24
@@ -116,8 +117,30 @@ def test_the_model_s_own_right_answers_are_kept_and_learned(base: Any) -> None:
     assert max(report.relative_size.values()) > 0
 
     again = peft_model(4, base[0])
-    initialize(again, "warm_start", tokenizer=tokenizer, max_new_tokens=6, **options)
+    initialize(again, "warm_start", tokenizer=tokenizer, max_new_tokens=40, **options)
     assert state_of(again).digest() == state_of(peft).digest(), "the seed decides all of it"
+
+
+def test_an_answer_that_was_cut_off_is_no_lesson(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        def __init__(self, model: Any, tokenizer: Any) -> None: ...
+
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            ends: tuple[Any, ...] = ("stop", "length")
+            return [Completion(f"aa {i}", (4, 5), ends[i % 2]) for i in range(len(requests))]
+
+    monkeypatch.setattr(warm_start, "BatchedEngine", Engine)
+    model, tokenizer = base
+    options = {"task": "vowels", "samples": 3, "steps": 1}
+    report = initialize(peft_model(4, model), "warm_start", tokenizer=tokenizer, **options)
+    assert (report.figures["kept"], report.figures["cut"]) == (12, 12)
+    monkeypatch.setattr(
+        Engine, "generate", lambda self, asked: [Completion("aa", (4,), "length")] * len(asked)
+    )
+    with pytest.raises(UserError, match=r"24 scored without one.*raise options\.max_new_tokens"):
+        initialize(peft_model(4, model), "warm_start", tokenizer=tokenizer, **options)
 
 
 def test_no_right_answer_is_an_error_with_the_mend(base: Any) -> None:

@@ -21,6 +21,7 @@ from loralab.engines.base import Completion, Engine
 from loralab.errors import UserError
 from loralab.gradient.contamination import contaminated
 from loralab.gradient.events import Answering, OnTrainingEvent, Remark, ignore
+from loralab.gradient.rejection import judged_by, scoring
 from loralab.rollouts import Batch, Rollout, plain
 from loralab.run import Run
 from loralab.tasks.base import Example, Task
@@ -92,7 +93,7 @@ def _distill(
         began = perf_counter()
         with timings.phase("generation"):
             judged = _judged(config, task, part, teacher, adapter, on_event)
-        kept, cut = _kept(judged, config.min_reward)
+        kept, cut = scoring(judged, config.min_reward)
         for rollout in kept:
             append_line(run.path / ROWS, _row(rollout, number))
         totals["completions"] += len(judged)
@@ -156,33 +157,7 @@ def _judged(
     ]
     requests = [request for batch in batches for request in batch.requests(adapter)]
     answers = teacher.generate(requests, lambda done, of: on_event(Answering(done, of)))
-    size, found = len(examples), list[tuple[Rollout, Completion]]()
-    for number, batch in enumerate(batches):
-        given = answers[number * size : (number + 1) * size]
-        found += zip(batch.judge(given), given, strict=True)
-    return found
-
-
-def _kept(
-    judged: Sequence[tuple[Rollout, Completion]], min_reward: float | None
-) -> tuple[list[Rollout], int]:
-    """What scores, each text once an example, in the order of the examples; and how many scored
-    but were cut off: a student of those would learn to end in the middle."""
-    found: dict[tuple[str, str], Rollout] = {}
-    cut = 0
-    for rollout, completion in judged:
-        score = rollout.score
-        good = score.correct if min_reward is None else score.reward >= min_reward
-        if not good or rollout.failed is not None or not rollout.text.strip():
-            continue
-        if completion.finish_reason == "length":
-            cut += 1
-            continue
-        found.setdefault((rollout.example.id, rollout.text), rollout)
-    order: dict[str, int] = {}
-    for rollout, _ in judged:
-        order.setdefault(rollout.example.id, len(order))
-    return sorted(found.values(), key=lambda rollout: order[rollout.example.id]), cut
+    return judged_by(batches, answers)
 
 
 def _row(rollout: Rollout, batch: int) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from loralab.adapters.inits.scene import Scene
 from loralab.adapters.inits.warm import resized
 from loralab.adapters.state import AdapterState
 from loralab.config import GenerationConfig, TrainingConfig
+from loralab.engines.base import Completion
 from loralab.engines.batched import BatchedEngine
 from loralab.errors import UserError
+from loralab.gradient.rejection import judged_by, scoring
 from loralab.gradient.rows import prepare
 from loralab.gradient.sft import train
 from loralab.models.load import load
@@ -37,9 +39,10 @@ class WarmStart:
         `energy`, the mean share of ||BA||_F^2 kept.
     task, task_options: without `path`: `samples` completions of each of the first `examples`
         training examples are drawn from `teacher` (a model name; None: the base itself) at
-        `temperature`; those that score `min_reward` or more (None: that are correct) are kept, each
-        text once an example, and learned by SFT in `steps` steps of `batch_size` rows. Figures:
-        `kept`, `sampled`, `solved` (examples with an answer kept) and the first and last loss.
+        `temperature`; those that score `min_reward` or more (None: that are correct) and came to an
+        end are kept, each text once an example, and learned by SFT in `steps` steps of `batch_size`
+        rows. Figures: `kept`, `sampled`, `cut` (scored, but ended at `max_new_tokens`), `solved`
+        (examples with an answer kept) and the first and last loss.
     """
 
     facts: ClassVar = Facts(
@@ -77,12 +80,13 @@ class WarmStart:
     def _by_rejection(self, scene: Scene) -> Mapping[str, float]:
         if scene.tokenizer is None:
             raise UserError("warm_start by sampling needs the model's tokenizer: tokenizer=...")
-        rollouts = self._sampled(scene)
-        kept = self._kept(rollouts)
+        judged = self._sampled(scene)
+        kept, cut = scoring(judged, self.min_reward)
         if not kept:
             raise UserError(
-                f"warm_start: none of {len(rollouts)} sampled completions scored on {self.task}; "
-                "sample more (options.samples), lower options.min_reward, or use a better teacher"
+                f"warm_start: none of {len(judged)} sampled completions scored on {self.task} and "
+                f"came to an end ({cut} scored without one): sample more (options.samples), lower "
+                "options.min_reward, raise options.max_new_tokens, or use a better teacher"
             )
         pairs = [(r.prompt, r.text, f"{self.task} {r.example.id}") for r in kept]
         rows = prepare(pairs, scene.tokenizer, self.max_length).rows
@@ -92,14 +96,15 @@ class WarmStart:
         )
         history = train(scene.model, scene.tokenizer, rows, settings, scene.seed)
         return {
-            "sampled": float(len(rollouts)),
+            "sampled": float(len(judged)),
             "kept": float(len(kept)),
+            "cut": float(cut),
             "solved": float(len({r.example.id for r in kept})),
             "first_loss": history.losses[0],
             "last_loss": history.losses[-1],
         }
 
-    def _sampled(self, scene: Scene) -> list[Rollout]:
+    def _sampled(self, scene: Scene) -> list[tuple[Rollout, Completion]]:
         assert self.task is not None
         task = get(self.task, **self.task_options)
         examples = tuple(task.examples("train")[: self.examples])
@@ -118,22 +123,7 @@ class WarmStart:
         ]
         requests = [request for batch in batches for request in batch.requests(None)]
         answers = engine.generate(requests)
-        size = len(examples)
-        return [
-            rollout
-            for number, batch in enumerate(batches)
-            for rollout in batch.judge(answers[number * size : (number + 1) * size])
-        ]
-
-    def _kept(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Answers that score, each text once an example."""
-        found: dict[tuple[str, str], Rollout] = {}
-        for rollout in rollouts:
-            score = rollout.score
-            good = score.correct if self.min_reward is None else score.reward >= self.min_reward
-            if good and rollout.failed is None and rollout.text.strip():
-                found.setdefault((rollout.example.id, rollout.text), rollout)
-        return list(found.values())
+        return judged_by(batches, answers)
 
 
 def _from_disk(scene: Scene, directory: Path) -> Mapping[str, float]:
