@@ -136,6 +136,10 @@ def test_harm_shows_in_a_validation_loss_over_that_of_the_run_without_it() -> No
     assert visible(record(log=validated({0: 2.0, 5: 1.6})), healthy) is None
     one = judged(garbled, fault_of("init-false"), healthy, {})
     assert (one.shown, one.before_the_loss) == (0, False)
+    # Told at the same step is not told before.
+    at_once = garbled | {"readings": readings({0: {"setup.left_out": 1.0}})}
+    two = judged(at_once, fault_of("init-false"), healthy, {})
+    assert (two.step, two.shown, two.lead, two.before_the_loss) == (0, 0, 0, False)
 
 
 def test_faults_come_in_at_the_start_at_a_step_or_after_the_training() -> None:
