@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import tiny
 from fake_engine import FakeEngine, make_config, workbench
+from loralab import tasks
+from loralab.adapters.attach import targeted_weights
 from loralab.adapters.scale import analyse
+from loralab.adapters.state import AdapterState, Factors
 from loralab.config import SftConfig, parse
+from loralab.engines.batched import BatchedEngine
 from loralab.errors import UserError
 from loralab.evolution import guarded
 from loralab.evolution.adapter_space import AdapterSpace, adapter_sigmas
+from loralab.evolution.centre import subject_of
 from loralab.evolution.events import Event, Notice
+from loralab.evolution.space import Centre
 from loralab.evolution.start import start_adapter
 from loralab.evolution.trainer import evolve
+from loralab.evolution.workbench import Workbench
 from loralab.gradient.events import Remark, TrainingEvent
 from loralab.gradient.fine_tune import fine_tune
+from loralab.health.divergence import DivergenceProbe, OwnDivergenceProbe
 from loralab.health.findings import Finding
+from loralab.health.look import Subject, measure
+from loralab.health.prompts import Prompt
 from loralab.health.reading import Reading
+from loralab.health.text import TextProbe
+from loralab.health.token_classes import TokenClassProbe
 from loralab.report import build_report
 from loralab.run import Run
+from loralab.tasks.base import Score
 
 GUARDED = True
 
@@ -171,6 +187,111 @@ def test_an_outlier_that_sets_the_noise_of_its_layer_is_seen() -> None:
     assert all(r == pytest.approx(0.1, rel=0.01) for r in ratios["module"].values())
     assert guarded.dominance(ratios["module"]) < 1.1
     assert guarded.dominance(ratios["layer"]) > 5
+
+
+def centre_of(model: Any, size: float = 0.0) -> Centre:
+    g = torch.Generator().manual_seed(3)
+    shapes = {n: m.weight.shape for n, m in model.named_modules() if n.endswith("q_proj")}
+    factors = {
+        n: Factors(torch.randn(2, i, generator=g), size * torch.randn(o, 2, generator=g))
+        for n, (o, i) in shapes.items()
+    }
+    return Centre(AdapterState(factors, 1.0))
+
+
+PROMPTS = tuple(Prompt(text=tiny.words(4, n), good=tiny.words(9, 50 + n)) for n in range(6))
+
+
+def test_a_centre_is_measured_as_the_same_adapter_of_peft_is() -> None:
+    own = tiny.model("llama")
+    engine = BatchedEngine(own, tiny.tokenizer())
+    seen = subject_of(engine, PROMPTS, 0)
+    kept = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    start = seen.reading(centre_of(own), 0).values
+    assert start["kl"] == pytest.approx(0, abs=1e-7)
+    assert start["loss.all"] == start["base.loss.all"]
+    moved = seen.reading(centre_of(own, 0.3), 1).values
+    names = [n for n, m in own.named_modules() if n.endswith("q_proj")]
+    model = get_peft_model(tiny.model("llama"), LoraConfig(r=2, lora_alpha=2, target_modules=names))
+    for name, pair in centre_of(own, 0.3).adapter.factors.items():  # type: ignore[union-attr]
+        layer: Any = model.get_base_model().get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(pair.A)
+        layer.lora_B["default"].weight.data.copy_(pair.B)
+    other = Subject(model, tiny.tokenizer(), prompts=PROMPTS)
+    probes = [TextProbe(), DivergenceProbe(), OwnDivergenceProbe(), TokenClassProbe()]
+    wanted = measure(other.look(), probes, 1).values
+    assert moved["kl"] > 0.01
+    assert dict(moved) == pytest.approx(dict(wanted), abs=1e-4, nan_ok=True)
+    assert moved["base.text.length"] == start["text.length"]
+    # A change of the weights is the same as an adapter of it, and is taken back.
+    change = {n: p.B @ p.A for n, p in centre_of(own, 0.3).adapter.factors.items()}  # type: ignore[union-attr]
+    whole = seen.reading(Centre(None, change), 2).values
+    assert dict(whole) == pytest.approx(dict(wanted), abs=1e-4, nan_ok=True)
+    engine.set_base({})
+    assert all(torch.equal(kept[n], t) for n, t in own.state_dict().items())
+
+
+def test_a_search_over_a_model_reads_its_expectations(tmp_path: Path) -> None:
+    config = make_config(generations=2, population=4, eval_every=9, scale={"fraction": 3.0})
+    values = config.to_dict() | {"guard": {"prompts": [one.text for one in PROMPTS]}}
+    values["generation"] = {"max_new_tokens": 4}
+    config = parse(values, "test")  # type: ignore[assignment]
+    model = tiny.model("llama")
+    weights = targeted_weights(model, config.adapter)
+    made = Workbench(BatchedEngine(model, tiny.tokenizer()), weights, lambda _: None)
+    with Run.create(tmp_path / "run", config.to_dict()) as run:
+        evolve(config, run, lambda _: None, lambda _: made)
+    readings = [Reading.from_json(row) for row in run.readings()]
+    assert [one.step for one in readings] == [0, 1, 2]
+    assert readings[0].values["kl"] == pytest.approx(0, abs=1e-7)
+    assert readings[-1].values["kl"] > 0
+    for one in readings:
+        assert {"loss.content", "base.loss.prompt_gain", "text.top_token_share"} <= set(one.values)
+        # Nothing at all is nearer to the targets of conciseness than what the base says.
+        assert 0.2 < one.values["es.unearned"] < 1
+
+
+def test_a_reward_for_being_short_is_seen_before_the_first_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tasks.get("conciseness")
+    monkeypatch.setattr(own, "score", lambda example, text: Score(-float(len(text))))
+    monkeypatch.setattr(tasks, "get", lambda name, **options: own)
+    _, run, _ = search(tmp_path / "run", generations=1)
+    found = {row["rule"]: row for row in run.findings()}
+    assert found["es.unearned"]["severity"] == "fail"
+    assert found["es.unearned"]["cause"] == "reward.exploitable"
+    assert found["es.unearned"]["step"] == 0
+
+
+def test_a_resumed_search_looks_as_often_as_its_own_time_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(guarded, "perf_counter", lambda: clock[0])
+    config = make_config()
+    engine = workbench(FakeEngine(), torch.float32)
+    started = start_adapter({n: tuple(w.shape) for n, w in engine.weights.items()}, 4, 4.0, 0, None)  # type: ignore[misc]
+    space = AdapterSpace(started, {f"{n}.B": 0.1 for n in started.factors}, torch.float32)
+    with Run.create(tmp_path / "run", config.to_dict()) as run:
+        guard = guarded.SearchGuard(config, run, engine, space, lambda _: None)
+        guard.resume(1000)
+        looked = []
+
+        def look(state: Any) -> None:
+            looked.append(state.generation)
+            guard._last, guard._cost = state.generation, 1.0
+            guard._spent += 1.0
+            clock[0] += 1.0
+
+        monkeypatch.setattr(guard, "_look", look)
+        for generation in range(1000, 1200):
+            guard.before(SimpleNamespace(generation=generation))  # type: ignore[arg-type]
+            clock[0] += 1.0
+    # Of a second each, 3 % of the time: every 34th generation, not every 34 x 1000th.
+    assert looked[0] == 1000
+    assert all(b - a == 34 for a, b in pairwise(looked))
+    assert len(looked) == 6
 
 
 def test_a_search_cannot_be_rolled_back() -> None:

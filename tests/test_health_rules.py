@@ -103,6 +103,8 @@ SHUFFLED = {
     "data.shuffled": 0.5,
     "data.pair_gain.errors": 0.1,
     "data.learned_gain.errors": -0.4,
+    "data.row_loss": 0.9,
+    "base.data.row_loss": 3.0,
 }
 
 FAULTS: dict[str, tuple[str, list[Any]]] = {
@@ -364,6 +366,18 @@ HEALTHY: dict[str, list[Reading]] = {
             train__progress=1.0,
         )
         for step, errors in ((0, 0.3), (25, 0.8), (50, 1.0))
+    ],
+    "rows not learned yet, of one kind among the prompts": [
+        reading(
+            at,
+            data__shuffled=0.5,
+            data__pair_gain__errors=0.1,
+            data__learned_gain__errors=0.2,
+            data__row_loss=3.7,
+            base__data__row_loss=3.9,
+            train__progress=1.0,
+        )
+        for at in (50, 60)
     ],
     "content learned after form": [
         reading(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 from loralab.engines.base import Request, Sampling
+from loralab.engines.batched import BatchedEngine
 from loralab.engines.lora_linear import Routing, build_stacks, patched
 from loralab.evolution.space import Centre
 from loralab.evolution.workbench import PopulationEngine
@@ -28,16 +29,6 @@ _NAME = "guard-centre"
 _BASE = Centre(None)
 
 
-@runtime_checkable
-class Readable(Protocol):
-    """An engine in this process: its model can be asked for more than text."""
-
-    @property
-    def model(self) -> Any: ...
-    @property
-    def tokenizer(self) -> Any: ...
-
-
 class Looked(Protocol):
     """What is looked at of a search."""
 
@@ -52,7 +43,7 @@ class Looked(Protocol):
 
 def subject_of(engine: PopulationEngine, prompts: Sequence[Prompt], seed: int) -> Looked:
     """Texts and expectations where the engine's model is here; of another engine texts alone."""
-    if isinstance(engine, Readable):
+    if isinstance(engine, BatchedEngine):
         return _Centre(engine, prompts, seed)
     return _Texts(engine, prompts)
 
@@ -60,10 +51,10 @@ def subject_of(engine: PopulationEngine, prompts: Sequence[Prompt], seed: int) -
 class _Centre(Subject):
     """A subject that is whatever point of the search it was last given."""
 
-    def __init__(self, engine: Any, prompts: Sequence[Prompt], seed: int) -> None:
-        super().__init__(
-            engine.model, engine.tokenizer, prompts=prompts, seed=seed, max_new_tokens=TOKENS
-        )
+    def __init__(self, engine: BatchedEngine, prompts: Sequence[Prompt], seed: int) -> None:
+        # The engine does not show them: the root of its modules is the model.
+        model, tokenizer = engine._base._modules[""], engine._encoder._tokenizer
+        super().__init__(model, tokenizer, prompts=prompts, seed=seed, max_new_tokens=TOKENS)
         self.has_base = True
         self._engine = engine
         self._at = _BASE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loralab.health import thresholds as t
-from loralab.health.condition import if_known, over, over_base, under
+from loralab.health.condition import below_share, if_known, over, over_base, under
 from loralab.health.rule import Rule
 
 # Answers fit another row's prompt as well as their own, says a base that reads its prompts.
@@ -89,6 +89,9 @@ DATA = (
         fail=(
             *_INTERCHANGEABLE,
             under("data.learned_gain.errors", t.CHANCE),
+            # A base may tell one kind of prompt from another and no more, and so may a model that
+            # has learned little; what is learned of shuffled rows owes nothing to their prompts.
+            below_share("data.row_loss", t.ROWS_LEARNED),
             if_known(over("train.progress", t.SHUFFLED_LATE)),
         ),
         evidence="direct",

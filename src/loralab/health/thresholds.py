@@ -139,6 +139,7 @@ LEARNED = Limit(
     -0.3,
     _RECKONED + "nats: the rows are this much likelier than to the base, or they are not learned",
 )
+ROWS_LEARNED = Limit(0.6, _RECKONED + "of the base's loss on the rows is left: they are learned")
 GAINS = Limit(3.0, _RECKONED + "standard errors by which it gains from the rows' own prompts")
 CHANCE = Limit(2.0, _RECKONED + "standard errors; random pairs pass it once in forty")
 
