@@ -221,6 +221,7 @@ def test_a_share_without_any_row_adds_nothing() -> None:
         value = Summed.compute_loss(trainer, model, given, num_items_in_batch=torch.tensor(3))
         value.backward()
         gradient = model.classifier.weight.grad
+        assert value.isfinite()
         assert gradient.isfinite().all()
         assert (float(value) > 0) == bool(gradient.any()) == (label == 1)
 
