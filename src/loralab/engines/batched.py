@@ -59,6 +59,7 @@ class BatchedEngine:
         memory_gb: float | None = None,
         threads: int | None = None,
     ) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self._threads = threads
         self._backend = _make_backend(model, backend, threads)
         self._device: torch.device = model.get_input_embeddings().weight.device

@@ -52,9 +52,9 @@ class _Centre(Subject):
     """A subject that is whatever point of the search it was last given."""
 
     def __init__(self, engine: BatchedEngine, prompts: Sequence[Prompt], seed: int) -> None:
-        # The engine does not show them: the root of its modules is the model.
-        model, tokenizer = engine._base._modules[""], engine._encoder._tokenizer
-        super().__init__(model, tokenizer, prompts=prompts, seed=seed, max_new_tokens=TOKENS)
+        super().__init__(
+            engine.model, engine.tokenizer, prompts=prompts, seed=seed, max_new_tokens=TOKENS
+        )
         self.has_base = True
         self._engine = engine
         self._at = _BASE
