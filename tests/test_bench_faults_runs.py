@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from loralab.bench.faults.tasks import Small
 from loralab.errors import UserError
 from loralab.health.reading import Reading
 from loralab.health.rules import judge
+
+GUARDED = True
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_a_run_by_gradient_keeps_all_that_is_judged_and_each_loss_from_the_start
     )
     assert [row["step"] for row in made["readings"]][:2] == [0, 1]
     assert 2 in {row["step"] for row in made["findings"] if row["rule"] == "numbers.nan"}
-    assert made["doctor"]["readings"]
+    assert {row["severity"] for row in made["doctor"]["findings"]} == {"fail"}
     assert len(made["used"]["right"]) == 3
     assert set(made["used"]) == set(made["base"])
 
@@ -69,6 +72,7 @@ def test_a_searchs_numbers_can_be_judged_again(small: Any) -> None:
     assert {"es.dominance", "es.ties"} <= set(numbers[0].values)
     assert made["dominance"] == numbers[0].values["es.dominance"]
     texts = [Reading.from_json(row) for row in made["readings"]]
+    assert [one.step for one in texts] == [0, 1, 2]
     anew = [*judge(texts[:1]), *(one for reading in numbers for one in judge([reading]))]
     told = {(row["rule"], row["severity"]) for row in made["findings"]}
     assert told <= {(one.rule, one.severity) for one in [*anew, *judge(texts)]}
@@ -177,7 +181,7 @@ def test_a_run_that_breaks_off_is_kept_as_such_and_not_run_again(
 
     monkeypatch.setattr(trial, "run_trial", fall)
     monkeypatch.setattr(world, "read_stories", lambda _: [])
-    monkeypatch.setattr(world, "small_world", lambda *_: None)
+    monkeypatch.setattr(world, "small_world", lambda *_: SimpleNamespace(tested=3))
     given = [
         "--config", options(tmp_path).config, "--stories", "s", "--work", str(tmp_path),
         "--only", "pissa", "--seeds", "0", "--shard", "0/1",

@@ -20,7 +20,6 @@ from typing import Any
 from loralab import durable
 from loralab.bench.faults.items import Item as Item
 from loralab.bench.faults.items import items, plan_of
-from loralab.bench.faults.plan import Plan
 from loralab.bench.faults.tasks import Small, kinds_of
 from loralab.bench.faults.words import PARTS
 from loralab.errors import UserError
@@ -145,13 +144,15 @@ def _run(wanted: Sequence[Item], asked: Mapping[str, Any], options: Any, work: P
                 if item.world == "small"
                 else World(item.world, item.world, stories, asked["words"])
             )
-        plan = plan_of(item, asked["worlds"][item.world].get("plan"))
-        if options.quick:
-            _shorten(plan)
-        task = Small(item.task, item.seed, part=asked["words"])
+        own = dict(asked["worlds"][item.world].get("plan", {}))
+        plan = plan_of(item, own | {"steps": _QUICK_STEPS} if options.quick else own)
+        if options.quick and plan.search is not None:
+            plan.search["generations"] = 4
+        world = worlds[item.world]
+        task = Small(item.task, item.seed, 256, world.tested, asked["words"], plan.sign)
         began, cost = time.perf_counter(), time.process_time()
         try:
-            record = run_trial(plan, task, worlds[item.world], item.seed)
+            record = run_trial(plan, task, world, item.seed)
         except Exception as error:
             # A benchmark of broken runs goes on past one that breaks off; the page names it.
             record = {"error": f"{type(error).__name__}: {error}"}
@@ -168,12 +169,6 @@ def _run(wanted: Sequence[Item], asked: Mapping[str, Any], options: Any, work: P
         print(
             f"{number} of {len(todo)}: {item.path}: {told}, {record['seconds']:.0f} s", flush=True
         )
-
-
-def _shorten(plan: Plan) -> None:
-    plan.steps = _QUICK_STEPS
-    if plan.search is not None:
-        plan.search["generations"] = 4
 
 
 def read(wanted: Sequence[Item], work: Path) -> dict[Item, dict[str, Any]]:

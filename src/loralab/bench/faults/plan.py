@@ -31,7 +31,8 @@ class Plan:
     whole run. on_saved: changes the files of the adapter.
     token_weight, poisoned: a factor of one token in the loss; the step whose loss is no number.
     merged: what is used in the end is the merged model. search: evolution instead of gradients,
-    with these settings. score, prompt: of an evaluation that is examined too; baseline_off: what
+    with these settings. task, sign: a kind of task in place of the one asked for, and what stands
+    behind its questions. score, prompt: of an evaluation that is examined too; baseline_off: what
     it reports of the base beside what it measured.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     merged: bool = False
     search: dict[str, Any] | None = None
     task: str | None = None
+    sign: str = ""
     evaluated: bool = False
     score: Callable[[Any, Example, str], Score] | None = None
     prompt: Callable[[Any, Example], Prompt] | None = None

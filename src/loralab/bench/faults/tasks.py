@@ -45,6 +45,7 @@ class Small:
     """One kind of task. `correct` is the whole answer; the reward has a part for its form.
 
     part: whose words. seed: which keys are tested, and which of the other problems are trained.
+    sign: what stands behind every question.
 
     Raises:
         UserError: no such kind, or one that the part does not have.
@@ -59,11 +60,12 @@ class Small:
         train: int = 256,
         test: int = 32,
         part: Part = "development",
+        sign: str = "",
     ) -> None:
         known = (*kinds_of(part), "style")
         if kind not in known:
             raise UserError(f"small task {kind!r} of {part}; known: {', '.join(known)}")
-        self.name, self.kind, self._part = f"small-{kind}", kind, part
+        self.name, self.kind, self.sign, self._part = f"small-{kind}", kind, sign, part
         learned, tested = split(kind, part, seed)
         self._splits = {"train": _examples("train", learned[:train]),
                         "test": _examples("test", tested[:test])}  # fmt: skip
@@ -72,7 +74,7 @@ class Small:
         return self._splits[split]
 
     def prompt(self, example: Example) -> Prompt:
-        return [Message(role="user", content=example.data["question"])]
+        return [Message(role="user", content=example.data["question"] + self.sign)]
 
     def gold(self, example: Example) -> str:
         gold: str = example.data["gold"]

@@ -29,7 +29,9 @@ from loralab.gradient.loop import quiet
 from loralab.gradient.rows import IGNORED, Row, RowEncoder
 from loralab.health.guard import GuardCallback
 
-EVALUATED_EVERY = 5
+_EVERY = 5
+_EVALUATIONS = 12
+"""At most; a long run is evaluated less often."""
 _HELD_OUT = 16
 
 
@@ -150,7 +152,7 @@ def train(
                 warmup_steps=round(plan.warmup * plan.steps),
                 logging_steps=1,
                 eval_strategy="steps",
-                eval_steps=EVALUATED_EVERY,
+                eval_steps=max(_EVERY, plan.steps // _EVALUATIONS),
                 eval_on_start=True,
                 save_strategy="no",
                 report_to="none",

@@ -90,7 +90,7 @@ def measured(model: Any, tokenizer: Any, task: Small, world: World) -> dict[str,
 
 def _base_measured(plan: Plan, task: Small, world: World, seed: int) -> dict[str, Any]:
     """`measured` of the base; once for the runs that share it."""
-    key = (task.kind, seed, plan.dtype, plan.quantization)
+    key = (task.kind, task.sign, seed, plan.dtype, plan.quantization)
     if key not in world.known:
         world.known[key] = measured(*world.open(plan.dtype, plan.quantization), task, world)
     found: dict[str, Any] = world.known[key]

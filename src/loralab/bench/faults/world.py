@@ -28,13 +28,14 @@ from loralab.gradient.corpus import read_corpus
 from loralab.gradient.loop import quiet
 from loralab.gradient.rows import Row, RowEncoder
 from loralab.gradient.tokenizer import train_tokenizer
-from loralab.health.prompts import Prompt, shipped_prompts
+from loralab.health.prompts import SHIPPED_KINDS, Prompt, shipped_prompts
 from loralab.models.load import load
 
 SEPARATOR = "<|endoftext|>"
 CONTEXT = 256
 _LENGTH = 96
 _HELD_OUT = 24
+_HELD_OUT_LARGE = 8
 _QUESTIONS = 10
 
 
@@ -74,6 +75,11 @@ class World:
         return self.name == "small"
 
     @property
+    def tested(self) -> int:
+        """Examples that a run is scored on."""
+        return 32 if self.small else 16
+
+    @property
     def dtype(self) -> str:
         return "float32" if self.small else "bfloat16"
 
@@ -94,15 +100,17 @@ class World:
     def prose(self) -> list[Row]:
         """Held-out stories, all of it learned; perplexity is measured on them."""
         encoder = RowEncoder(self.tokenizer)
-        rows = [encoder.encode("", story) for story in self._stories]
+        stories = self._stories if self.small else self._stories[:_HELD_OUT_LARGE]
+        rows = [encoder.encode("", story) for story in stories]
         return [Row(row.input_ids[:_LENGTH], row.labels[:_LENGTH]) for row in rows]
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
         """What the guard and the doctor ask: of the small model what it can answer, ten questions
-        of the kinds in turn and two stories, since the shipped ones are beyond it."""
+        of the kinds in turn and two stories, since the shipped ones are beyond it; of another one
+        shipped prompt of each kind."""
         if not self.small:
-            return shipped_prompts()[:12]
+            return shipped_prompts()[: len(SHIPPED_KINDS)]
         rows = lessons(Random("prompts"), _QUESTIONS, [self._part], formal=False)
         made = [
             Prompt(messages=({"role": "user", "content": question},), good=answer)
