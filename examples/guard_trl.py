@@ -72,7 +72,9 @@ def main() -> None:
         callbacks=[guard],  # the line
     )
     trainer.train()
-    print(f"{guard.verdict}; looking took {guard.share:.1%} of the training's time")
+    print(f"the guard's verdict: {guard.verdict}; looking took {guard.seconds:.0f} s")
+    for finding in guard.findings:
+        print(f"  {finding.severity} at step {finding.step}: {finding.rule}")
     if guard.causes:
         print("likeliest causes:", ", ".join(guard.causes[:2]))
 

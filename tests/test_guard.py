@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def test_it_looks_at_its_steps_and_writes_what_it_saw(tmp_path: Path) -> None:
     assert last["guard.share"] > 0
     assert 2 <= len(guard.readings[0].examples) <= 4
     assert rules_of(guard) == set()
-    assert told[-1].startswith("guard: ")
+    assert len(told) == 1, "all that is measured could be"
+    end = r"guard: sound; 5 looks took \d+ s beside \d+ s of training \(\d+\.\d%\)"
+    assert re.fullmatch(end, told[0])
     shown = [row for row in made.state.log_history if "guard_kl" in row]
     assert len(shown) == 5
 
@@ -87,7 +90,7 @@ def test_steps_between_looks_follow_the_measured_cost(monkeypatch: pytest.Monkey
         now[0] = 50.0
         made.looked(0, 50.0)
         made.looked(25, cost)
-        # 200 s of training made 50 steps, 4 s each; 6 s are 3 % of 200 s, which are 50 steps.
+        # 50 steps took 200 s; 6 s are 3 % of 200 s.
         now[0] = 250.0 + 2 * cost
         made.looked(50, cost)
         asked = [step for step in range(51, 200) if made.due(step)]
@@ -216,7 +219,7 @@ def test_rollback_goes_back_once_and_stops_the_second_time(tmp_path: Path) -> No
 
 
 def test_a_failure_seen_at_the_end_goes_back_too(tmp_path: Path) -> None:
-    """Before the last checkpoint is written, and where another callback ended the training."""
+    # Before the last checkpoint is written, and where another callback ended the training.
     for name, ends in (("steps", None), ("halted", Halt(12))):
         place = tmp_path / name
         model, told = adapted(), list[str]()
@@ -329,6 +332,26 @@ def test_without_texts_or_a_tokenizer_numbers_are_judged(tmp_path: Path) -> None
     assert "text.length" not in guard.readings[0].values
     assert "weights.dead" in guard.readings[0].values
     assert any("no tokenizer" in line for line in told)
+
+
+def test_a_probe_that_fails_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ZeroDivisionError("float division")
+
+    monkeypatch.setattr(guard_view.TextProbe, "measure", fails)
+    monkeypatch.setattr(guard_view.WeightProbe, "measure_model", fails)
+    told: list[str] = []
+    guard = GuardCallback(PROMPTS, tell=told.append)
+    trainer(tmp_path, adapted(), guard, steps=5).train()
+    for name in ("text", "weights"):
+        line = f"guard: {name} is measured no more: ZeroDivisionError: float division"
+        assert told.count(line) == 1
+    last = guard.readings[-1]
+    assert last.step == 5
+    assert last.values["kl"] > 0
+    assert not {"text.length", "weights.dead"} & last.values.keys()
 
 
 @pytest.mark.parametrize(

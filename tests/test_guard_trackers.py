@@ -126,13 +126,13 @@ def test_a_dashboard_gets_tables_that_grow_and_alerts(
     monkeypatch.setitem(sys.modules, name, package)
     told: list[str] = []
     guard = GuardCallback(PROMPTS, tell=told.append)
-    made = trainer(tmp_path, broken(), guard, steps=5)
+    made = trainer(tmp_path, broken(), guard, steps=6)
     made.args.report_to = [name]
     made.callback_handler.callbacks.insert(0, Finisher(package))
     made.train()
     assert not any("told no more" in line for line in told)
     numbers = [row for row in package.rows if "guard/kl" in row]
-    assert [row["train/global_step"] for row in numbers] == [0, 1, 5]
+    assert [row["train/global_step"] for row in numbers] == [0, 1, 5, 6]
     assert [row["guard/kl"] for row in numbers] == [one.values["kl"] for one in guard.readings]
     texts = numbers[-1]["guard/texts"]
     assert texts["columns"] == ["step", "prompt", "writes", "base"]
@@ -170,10 +170,14 @@ def test_a_tracker_that_fails_ends_no_training(
 def test_a_finding_in_words_shows_its_line_breaks() -> None:
     example = Example("Count.", "1\n\n\n\n2", "1 2 3")
     found = Finding("text.newlines", "fail", 25, "m 0.9", {}, "data.newlines", (), "a", (example,))
-    first, why, shown = lines(found)
+    first, why, *shown = lines(found)
     assert first == "FAIL step 25 text.newlines: m 0.9"
-    assert why == "     data.newlines: a"
-    assert shown == r"     writes '1\n\n\n\n2', its base '1 2 3'"
+    assert why == "     likely data.newlines: a"
+    assert shown == [
+        "     asked 'Count.'",
+        r"     it writes '1\n\n\n\n2'",
+        "     its base  '1 2 3'",
+    ]
     assert "    1\n\n\n\n    2" in as_markdown(found)
     warned = Finding("text.newlines", "warn", 25, "m 0.4", {}, "data.newlines", (), "a", (example,))
     assert list(lines(warned)) == ["warn step 25 text.newlines: m 0.4"]

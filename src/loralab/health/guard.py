@@ -209,8 +209,10 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             self._look(state, control, more, last=True)
         self._pace.end()
         self.close()
-        cost = f"{self.share:.1%}" if isfinite(self.share) else "-"
-        self._say(f"guard: {self.verdict}; {len(self.readings)} looks took {cost} of the training")
+        self._say(
+            f"guard: {self.verdict}; {len(self.readings)} looks took {self.seconds:.0f} s beside "
+            f"{self._pace.training:.0f} s of training ({self.share:.1%})"
+        )
 
     def close(self) -> None:
         """Take every hook out again; also where a training broke off."""

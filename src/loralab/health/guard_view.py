@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -65,6 +66,7 @@ class View:
             TokenClassProbe(),
         ]
         self._data: DataProbe | None = None
+        self._failed: set[str] = set()
         self._facts = setup_values(self._model, given.get("optimizer"))
         self.rows, tokens = training_rows(given.get("train_dataloader"), DATA_ROWS)
         self._subject: Subject | None = None
@@ -82,19 +84,33 @@ class View:
         values: dict[str, float] = {}
         examples: tuple[Example, ...] = ()
         if self._subject is not None:
+            look = self._subject.look()
             try:
-                seen = measure(self._subject.look(), self._probes, step)
+                for probe in self._probes:
+                    values |= self._asked(probe.name, partial(probe.measure, look))
+                examples = measure(look, (), step).examples
             except torch.OutOfMemoryError:
                 self._tell("guard: no memory left to look at texts; numbers and weights are")
                 self._subject = None
-            else:
-                values, examples = dict(seen.values), seen.examples
-        values |= self._weights.measure_model(self._model)
+        values |= self._asked("weights", lambda: self._weights.measure_model(self._model))
         if self._data is not None:
-            values |= self._data.measure_model(self._model)
+            values |= self._asked("data", partial(self._data.measure_model, self._model))
         # Last: how many rows there are is known of all, not of those alone that are looked at.
         values |= self._facts | numbers()
         return Reading(step, values, examples, perf_counter() - began)
+
+    def _asked(self, name: str, probe: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What a probe tells; nothing from then on if it fails: no training is to end of that."""
+        if name in self._failed:
+            return {}
+        try:
+            return probe()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._failed.add(name)
+            self._tell(f"guard: {name} is measured no more: {type(error).__name__}: {error}")
+            return {}
 
     def _subject_of(
         self, prompts: Sequence[Any], base: Any, seed: int, step: int

@@ -61,15 +61,17 @@ class Pace:
             # The first look makes the base's numbers too, which are kept.
             later = self._costs[1:]
             cost = sum(later) / max(1, len(later))
-            wanted = max(LEAST, ceil(cost * done / (self._budget * self._training())))
+            wanted = max(LEAST, ceil(cost * done / (self._budget * self.training)))
             self._between = ceil(ranks.summed([float(wanted)])[0] / ranks.world())
 
     @property
     def share(self) -> float:
         """Time spent looking, of the time of training without it; NaN before there is any."""
-        training = self._training()
+        training = self.training
         return self.seconds / training if training > 0 else nan
 
-    def _training(self) -> float:
+    @property
+    def training(self) -> float:
+        """Seconds of training without looking."""
         until = perf_counter() if self._ended != self._ended else self._ended
         return until - self._began - self.seconds

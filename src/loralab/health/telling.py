@@ -12,13 +12,16 @@ SHOWN = 60
 
 
 def lines(finding: Finding) -> Iterator[str]:
-    """What is wrong; of a failure the cause, the mend and a text beside the base's."""
+    """What is wrong; of a failure the likely cause, its mend and a text beside the base's."""
     mark = "FAIL" if finding.severity == "fail" else "warn"
     yield f"{mark} step {finding.step} {finding.rule}: {finding.message}"
     if finding.severity == "fail":
-        yield f"     {finding.cause}: {finding.advice}"
+        yield f"     likely {finding.cause}: {finding.advice}"
         for example in finding.examples[:1]:
-            yield f"     writes {short(example.completion)}, its base {short(example.base)}"
+            yield f"     asked {short(example.prompt)}"
+            yield f"     it writes {short(example.completion)}"
+            if example.base:
+                yield f"     its base  {short(example.base)}"
 
 
 def as_markdown(finding: Finding) -> str:
