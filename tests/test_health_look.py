@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import loralab.adapters as adapters
 import tiny
 from loralab.errors import UserError
-from loralab.health import forced
+from loralab.health import forced, known_base
 from loralab.health.divergence import DivergenceProbe, OwnDivergenceProbe
 from loralab.health.look import OWN_TOKENS, Subject, measure
 from loralab.health.prompts import Prompt, shipped_prompts, task_prompts
@@ -199,7 +199,7 @@ def test_the_base_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = seen.look()
     _ = first.good, first.base_completions
     ran = []
-    monkeypatch.setattr(Subject, "_base_seen", lambda *_: ran.append(1))
+    monkeypatch.setattr(known_base, "run", lambda *_: ran.append(1))
     fill(model, seed=4)
     second = seen.look()
     assert second.base_completions is first.base_completions

@@ -75,6 +75,38 @@ def test_b_of_zero_does_not_hide_a_wrong_merge(monkeypatch: pytest.MonkeyPatch) 
     assert ParityProbe().measure_model(model)["parity.merge"] == pytest.approx(1.0, rel=1e-3)
 
 
+def test_one_layer_of_another_scaling_is_merged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = starts.peft_model()
+    layers = [layer for _, layer in parity.adapted_layers(model, "default")]
+    odd = layers[len(layers) // 2]
+    odd.scaling["default"] *= 2
+    true = peft.tuners.lora.Linear.get_delta_weight
+
+    def wrong(self: Any, name: str) -> Any:
+        return true(self, name) * (1.5 if self.scaling[name] == odd.scaling[name] else 1.0)
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "get_delta_weight", wrong)
+    assert ParityProbe().measure_model(model)["parity.merge"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_layers_that_only_values_tell_apart_are_merged_once_or_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[Any] = []
+    true = parity._layer_difference
+    monkeypatch.setattr(
+        parity, "_layer_difference", lambda *given: looked.append(given) or true(*given)
+    )
+    model = other(LoraConfig(r=4, target_modules="all-linear"))
+    ParityProbe().measure_model(model)
+    layers = dict(parity.adapted_layers(model, "default"))
+    assert len(layers) == 14
+    # q and o alike, k and v, gate and up, down.
+    assert len(looked) == 8
+    kinds = {parity._kind(layer, "default") for layer in layers.values()}
+    assert {parity._kind(layer, name) for layer, name, _ in looked} == kinds
+
+
 def test_sees_a_save_that_drops_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     model = starts.nonlinear_model("spline")
     splines = sum("lora_spline" in name for name, _ in model.named_parameters())

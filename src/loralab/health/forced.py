@@ -21,12 +21,14 @@ from torch import Tensor
 from loralab.engines.attention import attention_configs, swapped_attention
 from loralab.errors import UserError
 
-BATCH_TOKENS = 2048
-"""Padded tokens in one forward."""
+BATCH_TOKENS = 512
+"""Padded tokens in one forward: enough to keep a core busy, few enough that rows of one batch are
+of one length (12 % padding with the shipped prompts, 26 % at 2,048)."""
 BATCH_LOGITS = 2**25
 """Logits in one forward, in numbers."""
-PIECE = 2**23
-"""Numbers of a distribution that exist in float32 at one time, some times over."""
+PIECE = 2**21
+"""Numbers of a distribution that exist in float32 at one time, some times over: few enough for a
+CPU's cache, which makes it 2.7 times as fast as four times as many."""
 
 
 @dataclass(frozen=True)

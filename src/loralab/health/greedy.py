@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from loralab.adapters.extract import state_of
 from loralab.adapters.state import AdapterState
-from loralab.engines.base import Completion, Request, Sampling
+from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
 from loralab.engines.memory import available_memory
 from loralab.errors import UserError
@@ -32,12 +33,25 @@ _SHARE = 1 / 4
 """Of the free memory that a copy of the weights may take."""
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A greedy answer, without the prompt. token_ids: an end token included if one ended it.
+
+    ended: by an end token. failed: why nothing more came (logits that are NaN), else None.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    ended: bool
+    failed: str | None = None
+
+
 def complete(
     causal: Any, tokenizer: Any, requests: Sequence[Any], max_new_tokens: int
-) -> list[Completion]:
+) -> tuple[Completion, ...]:
     """Completions of a model that is held still, as it stands."""
     engine = BatchedEngine(causal, tokenizer, backend="torch")
-    return engine.generate(_asked(requests, None, max_new_tokens))
+    return _generated(engine, requests, None, max_new_tokens)
 
 
 class NativeCopy:
@@ -49,16 +63,16 @@ class NativeCopy:
             self._engine = BatchedEngine(causal, tokenizer, backend="native")
         self._engine.load({_ADAPTER: state})
 
-    def base(self, requests: Sequence[Any], max_new_tokens: int) -> list[Completion]:
+    def base(self, requests: Sequence[Any], max_new_tokens: int) -> tuple[Completion, ...]:
         """What the base answers."""
-        return self._engine.generate(_asked(requests, None, max_new_tokens))
+        return _generated(self._engine, requests, None, max_new_tokens)
 
     def adapted(
         self, state: AdapterState, requests: Sequence[Any], max_new_tokens: int
-    ) -> list[Completion]:
+    ) -> tuple[Completion, ...]:
         """What the base answers with an adapter on the same layers as the first."""
         self._engine.load({_ADAPTER: state})
-        return self._engine.generate(_asked(requests, _ADAPTER, max_new_tokens))
+        return _generated(self._engine, requests, _ADAPTER, max_new_tokens)
 
 
 def native_copy(model: Any, causal: Any, tokenizer: Any) -> NativeCopy | None:
@@ -100,9 +114,14 @@ def plain_adapter(model: Any, causal: Any) -> AdapterState | None:
         return None
 
 
-def _asked(requests: Sequence[Any], adapter: str | None, max_new_tokens: int) -> list[Request]:
+def _generated(
+    engine: BatchedEngine, requests: Sequence[Any], adapter: str | None, max_new_tokens: int
+) -> tuple[Completion, ...]:
     sampling = Sampling(max_new_tokens)
-    return [Request(request, adapter, sampling) for request in requests]
+    made = engine.generate([Request(request, adapter, sampling) for request in requests])
+    return tuple(
+        Completion(one.text, one.tokens, one.finish_reason == "stop", one.error) for one in made
+    )
 
 
 @contextmanager

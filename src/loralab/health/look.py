@@ -8,27 +8,23 @@ forwards, attention, random numbers.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import Any, TypeVar
 
 from loralab.engines.prompts import PromptEncoder
 from loralab.engines.stopping import end_tokens
 from loralab.errors import UserError
 from loralab.health import greedy
-from loralab.health.findings import Example
-from loralab.health.forced import Forced, Row, Seen, batches, compare, run
+from loralab.health.forced import Forced, Row, batches, compare, run
+from loralab.health.greedy import Completion
+from loralab.health.known_base import KnownBase
+from loralab.health.probe import Probe, measure
 from loralab.health.prompts import Prompt, as_prompts
-from loralab.health.reading import Reading
 from loralab.health.still import base_of, causal_of, has_adapter, held_still
-from loralab.health.text import Answer, badness
+from loralab.health.text import Answer
 from loralab.tasks.base import Message
 
 __all__ = ["Completion", "Forced", "Look", "Probe", "Subject", "measure"]
@@ -36,23 +32,7 @@ __all__ = ["Completion", "Forced", "Look", "Probe", "Subject", "measure"]
 OWN_TOKENS = 32
 """Of each of the model's own completions, from its beginning, that are read back."""
 
-SHOWN = 2
-"""Examples that a reading shows of the worst texts, and as many of the same prompts each time."""
-
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A greedy answer, without the prompt. token_ids: an end token included if one ended it.
-
-    ended: by an end token. failed: why nothing more came (logits that are NaN), else None.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    ended: bool
-    failed: str | None = None
 
 
 class Subject:
@@ -99,12 +79,13 @@ class Subject:
             raise UserError(f"base is {base!r}; expected a model in memory, None or 'now'")
         self._second = None if self._now else base
         self.has_base = base is not None or has_adapter(self.causal)
-        self._hidden: dict[tuple[Row, ...], Tensor | None] = {}
-        self._head: Any = None
+        self._known = KnownBase(self.as_base)
         self._kept: dict[object, Any] = {}
         self._layout: dict[int, bool] = {}
         if self._now:
-            self._keep_now()
+            _ = self.base_completions
+            self.expect(self.good_rows, base=True, keep=True)
+            self._known.settle(self.causal)
 
     @property
     def only_kept(self) -> bool:
@@ -178,7 +159,7 @@ class Subject:
             causal = causal_of(self._second)
             with held_still(causal):
                 yield causal
-        elif self._now and self._head is not None:
+        elif self._now and self._known.settled:
             raise UserError("the base was the model as it stood, of which no weights were kept")
         elif self._now:
             with self.as_model() as causal:
@@ -193,11 +174,9 @@ class Subject:
         if made is None:
             with self.as_base() if base else self.as_model() as causal:
                 made = greedy.complete(causal, self.tokenizer, self.requests, self.max_new_tokens)
-        return tuple(
-            Completion(one.text, one.tokens, one.finish_reason == "stop", one.error) for one in made
-        )
+        return made
 
-    def _native_complete(self, base: bool) -> list[Any] | None:
+    def _native_complete(self, base: bool) -> tuple[Completion, ...] | None:
         """None where the model itself has to run."""
         if self._native is None:
             return None
@@ -239,7 +218,7 @@ class Subject:
         for batch in batches(rows, vocabulary):
             with self.as_model() as causal:
                 logits = run(causal, batch).logits
-            beside = self._base_logits(tuple(batch), keep) if base and self.has_base else None
+            beside = self._known.logits(tuple(batch), keep) if base and self.has_base else None
             parts.append(compare(batch, logits, beside))
         return Forced.joined(parts).of_rows_in_order() if parts else Forced.none()
 
@@ -267,40 +246,6 @@ class Subject:
             text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
             self._layout[token] = bool(text) and not text.strip()
         return self._layout[token]
-
-    def _base_logits(self, batch: tuple[Row, ...], keep: bool) -> Tensor:
-        hidden = self._hidden.get(batch)
-        if hidden is None:
-            seen = self._base_seen(batch)
-            if keep:
-                self._hidden[batch] = seen.hidden.cpu() if seen.plain else None
-            return seen.logits
-        if self._head is not None:
-            with torch.no_grad():
-                return self._head_logits(self._head, hidden)
-        with self.as_base() as causal:
-            return self._head_logits(causal.get_output_embeddings(), hidden)
-
-    def _base_seen(self, batch: Sequence[Row]) -> Seen:
-        with self.as_base() as causal:
-            return run(causal, batch)
-
-    def _head_logits(self, head: Any, hidden: Tensor) -> Tensor:
-        device = next(head.parameters()).device
-        logits: Tensor = head(hidden.to(device)[None])[0]
-        return logits
-
-    def _keep_now(self) -> None:
-        """Of the model as it stands, what a base must give later."""
-        _ = self.base_completions
-        self.expect(self.good_rows, base=True, keep=True)
-        if any(hidden is None for hidden in self._hidden.values()):
-            raise UserError(
-                f"{type(self.causal).__name__} changes its logits after the output head, so what "
-                "it expects now cannot be kept: give the base as a second model"
-            )
-        with torch.no_grad():
-            self._head = copy.deepcopy(self.causal.get_output_embeddings())
 
 
 class Look:
@@ -366,40 +311,3 @@ class Look:
         made = make()
         self.seconds[name] = time.perf_counter() - began
         return made
-
-
-class Probe(Protocol):
-    """Reads numbers off a look; the base's counterpart of "x" is "base.x"."""
-
-    name: str
-
-    def measure(self, look: Look) -> dict[str, float]:
-        """Flat names to values; NaN where one could not be measured."""
-        ...
-
-
-def measure(look: Look, probes: Sequence[Probe], step: int) -> Reading:
-    """Every probe's values in one reading, with examples: the worst texts, then the same prompts
-    each time."""
-    began = time.perf_counter()
-    values: dict[str, float] = {}
-    for probe in probes:
-        values.update(probe.measure(look))
-    examples = _examples(look)
-    return Reading(step, values, examples, time.perf_counter() - began)
-
-
-def _examples(look: Look) -> tuple[Example, ...]:
-    """() where no probe asked for text."""
-    if "completions" not in vars(look):
-        return ()
-    answers, base = look.answers(), look.base_answers()
-    bad = [
-        badness(answer) - (badness(base[index]) if base else 0.0)
-        for index, answer in enumerate(answers)
-    ]
-    worst = sorted(range(len(answers)), key=lambda index: -bad[index])[:SHOWN]
-    chosen = [*worst, *(i for i in range(min(SHOWN, len(answers))) if i not in worst)]
-    return tuple(
-        Example(answers[i].prompt, answers[i].text, base[i].text if base else "") for i in chosen
-    )
