@@ -22,11 +22,12 @@ from loralab.health.causes import CAUSES, MENDS
 from loralab.health.data import DataProbe
 from loralab.health.divergence import DivergenceProbe, OwnDivergenceProbe
 from loralab.health.findings import Example, Finding, Verdict, verdict
+from loralab.health.loading_files import load_adapter
 from loralab.health.look import Probe, Subject, measure
 from loralab.health.parity import ParityProbe
 from loralab.health.prompts import Prompt, as_prompts, task_prompts
 from loralab.health.reading import Reading
-from loralab.health.reading_files import AdapterFiles, load_adapter, read_adapter
+from loralab.health.reading_files import AdapterFiles, read_adapter
 from loralab.health.rules import causes, judge
 from loralab.health.text import TextProbe
 from loralab.health.token_classes import TokenClassProbe
@@ -166,7 +167,7 @@ def diagnose(
         named if isinstance(named, str) else None,
         judge([reading]),
         (reading,),
-        _data_notes(rows),
+        (*_data_notes(rows), *_advice(reading)),
         time.perf_counter() - began,
     )
 
@@ -287,6 +288,19 @@ def _data_notes(data: DataProbe | None) -> tuple[str, ...]:
     if facts.places:
         notes.append(f"data: evaluated rows stand at {', '.join(facts.places[:3])}")
     return tuple(notes)
+
+
+def _advice(reading: Reading) -> tuple[str, ...]:
+    """What is worth knowing and proves nothing: healthy trainings have it too."""
+    count = reading.values.get("weights.intruders", 0.0)
+    if not count:
+        return ()
+    dimensions = "dimension" if count == 1 else "dimensions"
+    return (
+        f"advice: {count:.0f} intruder {dimensions} in the {_INTRUDERS} most changed modules: "
+        "leading directions of W + dW unlike any of W's (arXiv:2410.21228); such models forget "
+        "more of what the base knew, and a higher rank or a lower learning rate leaves fewer",
+    )
 
 
 def _lines(report: Report) -> Iterator[str]:

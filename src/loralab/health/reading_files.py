@@ -1,52 +1,39 @@
-"""An adapter on disk: read with nothing believed, and put on its base as PEFT would.
+"""An adapter on disk, read with nothing believed.
 
-What is wrong with the files themselves becomes findings, each one line; what cannot be examined at
-all (pickles, options that import code, virtual tokens) is a UserError. Nothing is unpickled.
+What is wrong with the files themselves becomes findings, each one line; what is refused altogether
+(`refused`) is a UserError. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 import loralab.adapters  # noqa: F401  makes PEFT know LS-LoRA and SineLoRA
-from loralab.adapters.factors import PEFT_PREFIX
 from loralab.adapters.files import read_config
-from loralab.adapters.interop.mlx import read_mlx
-from loralab.adapters.plain_lora import CHANGED_BASE
-from loralab.adapters.targets import weight_of
-from loralab.adapters.true_base import remember
 from loralab.errors import UserError
 from loralab.health.causes import MENDS
 from loralab.health.findings import Finding
+from loralab.health.refused import PICKLES, pickled, refuse
 
 WEIGHTS = "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
-ADAPTER = "default"
 
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz"}
-_RECOMPUTED = ("pissa", "olora")
-"""Starts that PEFT takes out of W again when it loads such an adapter."""
-
-_RUNS_CODE = ("megatron_config", "prompt_tuning_init_state_dict_path")
-"""Fields of a config that import a module or unpickle a file when PEFT follows them."""
-
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")
-_LONGEST_PATTERN = 4000
-_ENDLESS = re.compile(r"\)[*+{]|[*+}]\??\.[*+]")
-"""Repeated groups and neighbouring wildcards: what makes a regular expression take for ever."""
+_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "r": ((int,), "a whole number"),
+    "lora_alpha": ((int, float), "a number"),
+    "lora_dropout": ((int, float), "a number"),
+    "target_modules": ((str, list), "a pattern or a list of names"),
+}
+"""Fields of a config by what they may hold."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +63,10 @@ class AdapterFiles:
         return value.lower() if isinstance(value, str) else ""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """model: a PeftModel, None where it did not fit. missing, unexpected: tensors of the adapter
-    that the file lacks, and of the file that are nowhere in the adapter. notes: for people."""
-
-    model: Any | None
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    faults: tuple[Finding, ...]
-    notes: tuple[str, ...] = ()
-
-
 def is_adapter(path: Path) -> bool:
     """Whether a path looks like an adapter, sound or not."""
     if path.is_file():
-        return path.suffix in {".safetensors", *_PICKLES}
+        return path.suffix in {".safetensors", *PICKLES}
     names = ("adapter_config.json", WEIGHTS, MLX_WEIGHTS, "adapter_model.bin", "adapters.npz")
     return any((path / name).exists() for name in names)
 
@@ -103,8 +78,8 @@ def read_adapter(path: Path) -> AdapterFiles:
         UserError: there is no adapter, its weights are a pickle, or its config asks for more than
             an examination should do.
     """
-    if path.suffix in _PICKLES and path.is_file():
-        raise _pickle(path)
+    if path.suffix in PICKLES and path.is_file():
+        raise pickled(path, WEIGHTS)
     directory = path.parent if path.is_file() else path
     if not is_adapter(directory):
         raise UserError(
@@ -114,127 +89,55 @@ def read_adapter(path: Path) -> AdapterFiles:
     faults: list[Finding] = []
     config = _config(directory, faults)
     is_mlx = "peft_type" not in config and (directory / MLX_WEIGHTS).exists()
-    kind = "MLX" if is_mlx else str(config.get("peft_type", "LORA"))
-    _refuse(directory, kind, config)
+    named = config.get("peft_type", "LORA")
+    kind = "MLX" if is_mlx else named if isinstance(named, str) else f"{named!r}"
+    refuse(directory, kind, config)
     tensors = _tensors(directory / (MLX_WEIGHTS if is_mlx else WEIGHTS), faults)
-    faults += _bad_numbers(tensors)
+    faults += [*_bad_fields(kind, config), *_bad_numbers(tensors)]
     if kind in {"LORA", "LSLORA", "SINELORA"}:
         faults += _bad_pairs(tensors, config)
     base = config.get("model" if is_mlx else "base_model_name_or_path")
-    named = base if isinstance(base, str) and base else None
-    return AdapterFiles(directory, kind, config, tensors, named, tuple(faults))
-
-
-def load_adapter(model: Any, files: AdapterFiles) -> Loaded:
-    """Put the adapter on a base model in memory, which is changed.
-
-    A start that PEFT takes out of W again (PiSSA, OLoRA) is remembered, so that the true base can
-    still be had. Where the file and the model do not fit, the result has no model.
-    """
-    wrong = tuple(_misfits(model, files))
-    if wrong:
-        return Loaded(None, (), (), wrong)
-    with TemporaryDirectory() as folder:
-        directory, notes = files.directory, _notes(files)
-        if files.kind == "MLX":
-            directory = Path(folder)
-            try:
-                read_mlx(files.directory).state.save(directory)
-            except UserError as error:
-                return Loaded(None, (), (), (_corrupt(str(error)),))
-        config = _sanitised(files, directory, Path(folder))
-        before = _weights(model) if files.start.startswith(_RECOMPUTED) else {}
-        try:
-            with _own_random_numbers(), warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                loaded = _from_pretrained(model, directory, config)
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            return Loaded(None, (), (), (_wrong_base(_first_line(error)),))
-    _remember(loaded, before)
-    missing, unexpected = _keys(loaded, files, [str(one.message) for one in said])
-    return Loaded(loaded.eval(), missing, unexpected, (), notes)
-
-
-def _from_pretrained(model: Any, directory: Path, config: Any) -> Any:
-    from peft import PeftModel
-
-    device = next(model.parameters()).device
-    return PeftModel.from_pretrained(
-        model, str(directory), adapter_name=ADAPTER, config=config, torch_device=str(device)
-    )
-
-
-def _sanitised(files: AdapterFiles, directory: Path, folder: Path) -> Any:
-    """PEFT's config object, made from the file's fields; starts that only their own preparation
-    can make are left out, since the file holds what came of them."""
-    from peft import PeftConfig
-
-    fields = dict(files.config)
-    if files.kind == "MLX":
-        return PeftConfig.from_pretrained(str(directory))
-    start = files.start
-    if start.startswith(CHANGED_BASE) and not start.startswith(_RECOMPUTED):
-        fields["init_lora_weights"] = True
-    clean = folder / "config"
-    clean.mkdir()
-    (clean / "adapter_config.json").write_text(json.dumps(fields))
-    return PeftConfig.from_pretrained(str(clean))
+    base_name = base if isinstance(base, str) and base else None
+    return AdapterFiles(directory, kind, config, tensors, base_name, tuple(faults))
 
 
 def _config(directory: Path, faults: list[Finding]) -> Mapping[str, Any]:
     if not (directory / "adapter_config.json").exists():
-        faults.append(_corrupt(f"{directory}: there is no adapter_config.json beside the weights"))
+        faults.append(corrupt(f"{directory}: there is no adapter_config.json beside the weights"))
         return {}
     try:
         return read_config(directory)
     except UserError as error:
-        faults.append(_corrupt(str(error)))
+        faults.append(corrupt(str(error)))
         return {}
-
-
-def _refuse(directory: Path, kind: str, config: Mapping[str, Any]) -> None:
-    """Raises UserError for configs that would make PEFT do more than build an adapter."""
-    for name in _RUNS_CODE:
-        if config.get(name):
-            raise UserError(
-                f"{directory}: {name} is set: following it would run code or unpickle a file; "
-                "take it out of adapter_config.json where you trust the rest"
-            )
-    if kind in {"XLORA", "POLY"}:
-        raise UserError(f"{directory}: {kind} adapters load others from elsewhere; not examined")
-    if kind == "MLX" and config.get("fine_tune_type", "lora") != "lora":
-        raise UserError(
-            f"{directory}: fine_tune_type is {config['fine_tune_type']!r}; of mlx-lm's adapters "
-            "only 'lora' can be examined"
-        )
-    patterns = [str(config[name]) for name in _PATTERNS if isinstance(config.get(name), str)]
-    for name in ("rank_pattern", "alpha_pattern"):
-        table = config.get(name)
-        patterns += list(table) if isinstance(table, dict) else []
-    for pattern in patterns:
-        if len(pattern) > _LONGEST_PATTERN or _ENDLESS.search(pattern):
-            raise UserError(
-                f"{directory}: the pattern {pattern[:60]!r} may take for ever to match; write "
-                "out the modules' names"
-            )
 
 
 def _tensors(path: Path, faults: list[Finding]) -> dict[str, Tensor]:
     if not path.is_file():
         for other in sorted(path.parent.glob("*")):
-            if other.suffix in _PICKLES:
-                raise _pickle(other)
-        faults.append(_corrupt(f"{path}: there is no such file beside the config"))
+            if other.suffix in PICKLES:
+                raise pickled(other, WEIGHTS)
+        faults.append(corrupt(f"{path}: there is no such file beside the config"))
         return {}
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         size = path.stat().st_size
-        faults.append(_corrupt(f"{path}: {size} bytes, not safetensors: {_first_line(error)}"))
+        faults.append(corrupt(f"{path}: {size} bytes, not safetensors: {first_line(error)}"))
         return {}
     if not tensors:
-        faults.append(_corrupt(f"{path}: holds no tensors"))
+        faults.append(corrupt(f"{path}: holds no tensors"))
     return tensors
+
+
+def _bad_fields(kind: str, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What PEFT would stumble over with an error that tells nothing."""
+    if kind != "MLX" and kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        yield corrupt(f"peft_type is {kind[:60]!r}, which this PEFT does not know")
+    for name, (types, expected) in _FIELDS.items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            yield corrupt(f"{name} is {str(value)[:60]!r}; expected {expected}")
 
 
 def _bad_numbers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -252,7 +155,7 @@ def _bad_numbers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
     whole = [name for name, x in tensors.items() if not x.is_floating_point()]
     if whole:
         kind = str(tensors[whole[0]].dtype).removeprefix("torch.")
-        yield _corrupt(f"{whole[0]} is {kind}; expected floating-point numbers")
+        yield corrupt(f"{whole[0]} is {kind}; expected floating-point numbers")
 
 
 def _bad_pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -280,12 +183,12 @@ def _bad_pairs(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iter
             break
         tall = next(pair[half].shape[0 if half == "A" else -1] for half in pair)
         if all(half.dim() == 2 for half in pair.values()) and tall != rank:
-            yield _corrupt(f"{module}: the config says rank {rank}, its tensors have {tall}")
+            yield corrupt(f"{module}: the config says rank {rank}, its tensors have {tall}")
             return
     for module, pair in halves.items():
         if len(pair) == 2 and not _fit(pair["A"], pair["B"]):
             shapes = f"A {tuple(pair['A'].shape)}, B {tuple(pair['B'].shape)}"
-            yield _corrupt(f"{module}: {shapes}; expected (r, in) and (out, r)")
+            yield corrupt(f"{module}: {shapes}; expected (r, in) and (out, r)")
             return
 
 
@@ -294,130 +197,11 @@ def _fit(a: Tensor, b: Tensor) -> bool:
     return a.dim() != 2 or b.dim() != 2 or a.shape[0] == b.shape[1]
 
 
-def _misfits(model: Any, files: AdapterFiles) -> Iterator[Finding]:
-    """Where factors of linear modules are for another model."""
-    modules = dict(model.named_modules())
-    wanted = list(_linear_shapes(files))
-    strangers = [name for name, _, _ in wanted if name not in modules]
-    if wanted and len(strangers) == len(wanted):
-        some = next((n for n, m in modules.items() if weight_of(m) is not None), "none")
-        yield _wrong_base(
-            f"none of its {len(wanted)} modules is in this base: it is for {strangers[0]}, the "
-            f"base has {some}"
-        )
-        return
-    off = []
-    for name, wide, high in wanted:
-        layer = modules.get(name)
-        found = weight_of(layer)
-        if found is None:
-            continue
-        features = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
-        shape = features if all(features) else tuple(found.shape)
-        if (high or shape[0], wide or shape[1]) != shape:
-            off.append((name, (high or shape[0], wide or shape[1]), shape))
-    if off:
-        name, given, shape = off[0]
-        yield _wrong_base(
-            f"{name}: the adapter is for {given}, the base has {shape} ({len(off)} of "
-            f"{len(wanted)} modules do not fit)"
-        )
-
-
-def _linear_shapes(files: AdapterFiles) -> Iterator[tuple[str, int | None, int | None]]:
-    """Module, in features, out features of each pair of factors in the file."""
-    if files.kind not in {"LORA", "LSLORA", "SINELORA", "MLX"}:
-        return
-    for key, tensor in files.tensors.items():
-        if tensor.dim() != 2:
-            continue
-        if key.endswith(".lora_A.weight"):
-            module = key.removesuffix(".lora_A.weight")
-            b = files.tensors.get(f"{module}.lora_B.weight")
-            high = None if b is None or b.dim() != 2 else b.shape[0]
-            yield module.removeprefix(PEFT_PREFIX), tensor.shape[1], high
-        elif key.endswith(".lora_a"):
-            module = key.removesuffix(".lora_a")
-            b = files.tensors.get(f"{module}.lora_b")
-            high = None if b is None or b.dim() != 2 else b.shape[1]
-            yield module, tensor.shape[0], high
-
-
-def _weights(model: Any) -> dict[str, Tensor]:
-    """Every linear weight as it is stored, by reference: PEFT assigns new ones when it splits."""
-    return {
-        name: module.weight.data
-        for name, module in model.named_modules()
-        if weight_of(module) is not None
-    }
-
-
-def _remember(loaded: Any, before: Mapping[str, Tensor]) -> None:
-    for name, layer in loaded.named_modules():
-        old = before.get(name.removeprefix(PEFT_PREFIX))
-        if old is None or not hasattr(layer, "get_base_layer"):
-            continue
-        parameter = layer.get_base_layer().weight
-        now = parameter.data
-        if now.data_ptr() != old.data_ptr():
-            parameter.data = old
-            remember(layer, ADAPTER)
-            parameter.data = now
-
-
-def _keys(
-    loaded: Any, files: AdapterFiles, said: list[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tensors that the file lacks and has too many. PEFT renames some keys of old files, so what
-    it says of missing ones decides."""
-    from peft import get_peft_model_state_dict
-
-    if files.kind == "MLX":
-        return (), ()
-    expected: set[str] = set()
-    with suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = set(get_peft_model_state_dict(loaded, save_embedding_layers=False))
-    given = set(files.tensors)
-    own = {name for name, _ in loaded.get_base_model().named_parameters()}
-    plain = {key for key in given if key.removeprefix(PEFT_PREFIX) in own}
-    absent = sorted(expected - given)
-    if any("missing adapter keys" in line for line in said):
-        missing = tuple(absent or ["(PEFT names them otherwise)"])
-    elif absent:
-        return (), ()
-    else:
-        missing = ()
-    return missing, tuple(sorted(given - expected - plain)) if expected else ()
-
-
-def _notes(files: AdapterFiles) -> tuple[str, ...]:
-    start = files.start
-    if start.startswith("pissa_niter"):
-        return (
-            f"init_lora_weights is {start!r}, whose split of W is random: PEFT cannot make the "
-            "same when it loads the adapter; convert it to plain LoRA",
-        )
-    if start.startswith(CHANGED_BASE) and not start.startswith(_RECOMPUTED):
-        return (
-            f"init_lora_weights is {start!r}: it belongs to the base as that start left it, which "
-            "has to be saved beside it and given as --base",
-        )
-    return ()
-
-
-def _pickle(path: Path) -> UserError:
-    return UserError(
-        f"{path}: pickled weights can run code when read and are refused; where you trust them, "
-        f"save them again as {WEIGHTS}"
-    )
-
-
-def _corrupt(message: str) -> Finding:
+def corrupt(message: str) -> Finding:
     return _finding("file.corrupt", "file.corrupt", message, {})
 
 
-def _wrong_base(message: str) -> Finding:
+def wrong_base(message: str) -> Finding:
     return _finding("file.wrong_base", "file.wrong_base", message, {}, also=("file.corrupt",))
 
 
@@ -431,16 +215,9 @@ def _finding(
     return Finding(rule, "fail", 0, message, dict(numbers), cause, also, MENDS[cause])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Of an error, the line that tells most; 300 characters at most."""
     lines = [x for x in str(error).splitlines() if x.strip()]
     mismatch = [x for x in lines if "size mismatch" in x]
     line = next(iter(mismatch or lines), type(error).__name__)
     return " ".join(line.split())[:300]
-
-
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """PEFT draws values for tensors before it loads them."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        yield
