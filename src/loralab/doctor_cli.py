@@ -23,8 +23,12 @@ def add(parser: argparse.ArgumentParser, natural: Callable[[str], int]) -> None:
     add("--base", metavar="MODEL", help="default: what the adapter names")
     add("--data", metavar="FILE", help="rows that it learned, or is to learn")
     add("--task", metavar="NAME", help="whose prompts and evaluation are examined too")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16")
-    add("--device", default="auto", help="auto (default), cpu or cuda")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="default: a run's or config's own, else bfloat16",
+    )
+    add("--device", help="auto, cpu or cuda; default: a run's or config's own, else auto")
     add("--prompts", type=natural, metavar="N", help="the first N of the 32 shipped prompts")
     add("--seed", type=natural, default=0, help="of what is drawn, default 0")
     add("--json", action="store_true", help="one object, with everything measured")

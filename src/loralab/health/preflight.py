@@ -1,4 +1,4 @@
-"""Before a run starts: what it will need of memory, and what its model is before the first step."""
+"""Before a run starts: what it will need of memory, and how far its steps can go."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from loralab.engines.memory import available_memory
 
 _BYTES_A_TOKEN = 34
 """Of activations a token and hidden unit of one layer keeps for the backward pass, in 16 bits
@@ -21,19 +23,17 @@ _SIZED = ("adam", "adafactor", "lion")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, reckoned: of the weights, of gradients and optimiser of what is trained, of a batch's
-    activations and logits. free: what there is now beside the loaded model; None if unknown."""
+    """Bytes, reckoned. weights: of the loaded model. parts: what the run takes beside them, by what
+    it is for. free: what there is now beside the loaded model; None if that was not asked."""
 
     weights: int
-    training: int
-    activations: int
-    logits: int
+    parts: Mapping[str, int]
     free: int | None = None
 
     @property
     def beside_weights(self) -> int:
-        """What training takes once the model is loaded."""
-        return self.training + self.activations + self.logits
+        """What the run takes once the model is loaded."""
+        return sum(self.parts.values())
 
     def values(self) -> dict[str, float]:
         """`setup.memory` in GB, and `setup.memory_share` of what is free."""
@@ -43,17 +43,10 @@ class Memory:
         return told
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {size / 1e9:.2f}"
-            for name, size in (
-                ("weights", self.weights),
-                ("gradients and optimiser", self.training),
-                ("activations", self.activations),
-                ("logits", self.logits),
-            )
-        ]
+        sizes = {"weights": self.weights, **self.parts}
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
         free = "" if self.free is None else f"; {self.free / 1e9:.1f} GB are free"
-        return f"memory, reckoned in GB: {', '.join(parts)}{free}"
+        return f"memory, reckoned in GB: {parts}{free}"
 
 
 def memory(
@@ -70,9 +63,7 @@ def memory(
     rows: in a batch. tokens: of the longest row. learned_share: of its tokens; with `fast` only
     those have logits. Reckoned from sizes, to a factor of two at best; nothing is run.
     """
-    parameters = list({id(p): p for p in model.parameters()}.values())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     state = _STATES.get(optimizer, _ADAM)
     training = sum(p.numel() * (p.element_size() + state) for p in trained)
     config: Any = getattr(model, "config", None)
@@ -86,21 +77,25 @@ def memory(
         activations += in_batch * hidden * _BYTES_A_TOKEN
     with_logits = in_batch * (learned_share if fast else 1.0)
     logits = int(with_logits * int(getattr(text, "vocab_size", 0) or 0) * _LOGITS)
-    place = next(iter(parameters)).device
-    return Memory(weights, training, activations, logits, free_memory(place))
+    parts = {
+        "gradients and optimiser": training,
+        "activations": activations,
+        "logits": logits,
+    }
+    return Memory(weight_bytes(model), parts, free_memory(next(model.parameters()).device))
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device now; None where the system does not say."""
+def weight_bytes(model: Any) -> int:
+    """Of all parameters, those that modules share once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    return available_memory()
 
 
 def dose(optimizer: str, lr: float, steps: int, schedule: str) -> dict[str, float]:
