@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loralab.health import GuardCallback
+from loralab.health import GuardCallback, guard_view
 from loralab.health.setup import setup_values
 from loralab.health.snapshot import Snapshot, halve_learning_rate
 from loralab.health.training_watch import TrainingWatch, planned_dose
@@ -207,3 +207,16 @@ def test_setup_knows_a_start_that_was_not_prepared() -> None:
 def test_sharded_optimisers_are_not_judged() -> None:
     flat = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
     assert "setup.left_out" not in setup_values(adapted(), flat)
+
+
+def test_a_model_is_asked_of_its_rows_once_it_may_have_learned_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_view, "TOKENS", 5)
+    data = [{**row, "labels": [-100] * 4 + row["labels"][4:]} for row in rows()]
+    guard = GuardCallback(PROMPTS)
+    trainer(tmp_path, adapted(), guard, steps=6, data=data).train()
+    asked = ["data.learned_gain" in one.values for one in guard.readings]
+    assert [one.step for one in guard.readings] == [0, 1, 5, 6]
+    assert asked == [False, False, True, True]
+    assert all("data.pair_gain" in one.values for one in guard.readings), "the base's are told"

@@ -31,6 +31,9 @@ TOKENS = 48
 """Of each completion."""
 DATA_ROWS = 256
 """Training rows that are looked at, from the beginning."""
+LEARNED = 5
+"""Steps before which no look asks what the model makes of them, which costs as much as all texts:
+it has learned next to nothing of them yet."""
 
 
 class View:
@@ -87,6 +90,8 @@ class View:
             look = self._subject.look()
             try:
                 for probe in self._probes:
+                    if probe is self._data and step < LEARNED:
+                        continue
                     values |= self._asked(probe.name, partial(probe.measure, look))
                 examples = measure(look, (), step).examples
             except torch.OutOfMemoryError:

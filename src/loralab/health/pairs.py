@@ -19,17 +19,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from loralab.health.forced import Row, batches, run
+
 IGNORED = -100
 LEAST = 4
 """Pairs, under which nothing is said."""
 SCALES = (0.5, 0.25, 0.125, 0.0625)
 """Of its own, at which an adapter is tried that makes its rows unlikelier than the base does."""
 
-_PAIRS, _PROMPT, _ANSWER, _BATCH = 16, 128, 32, 4
+_PAIRS, _PROMPT, _ANSWER = 16, 128, 32
 _LEAST_ERROR = 1e-3
 
 
-class Row(Protocol):
+class Learned(Protocol):
     """Ids, and labels equal to them or -100."""
 
     @property
@@ -84,7 +86,7 @@ class Heard:
 
 
 def pairs_of(
-    rows: Sequence[Row], ends: Collection[int] = (), count: int = _PAIRS, seed: int = 0
+    rows: Sequence[Learned], ends: Collection[int] = (), count: int = _PAIRS, seed: int = 0
 ) -> Pairs | None:
     """Evenly chosen rows with a prompt and an answer, no prompt twice. Long prompts keep their end,
     long answers their beginning. Rows that share an answer are not exchanged, since it fits both.
@@ -157,25 +159,15 @@ def _mean(losses: Sequence[float], pairs: Pairs) -> float:
 def _losses(model: Any, pairs: Sequence[Pair]) -> tuple[list[float], Tensor]:
     """Mean nats of each answer behind its prompt, and the sum of the distributions (vocabulary,)
     over all answers' tokens."""
-    device = next(model.parameters()).device
-    losses: list[float] = []
-    total: Tensor | None = None
-    for at in range(0, len(pairs), _BATCH):
-        batch = pairs[at : at + _BATCH]
-        longest = max(len(prompt) + len(answer) for prompt, answer in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, (prompt, answer) in enumerate(batch):
-            both = [*prompt, *answer]
-            ids[row, : len(both)] = torch.tensor(both)
-            mask[row, : len(both)] = 1
-        logits = model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-        ).logits
-        for row, (prompt, answer) in enumerate(batch):
-            here = logits[row, len(prompt) - 1 : len(prompt) + len(answer) - 1].float()
-            losses.append(float(cross_entropy(here, torch.tensor(answer, device=device))))
-            chances = here.softmax(-1).sum(0).cpu()
-            total = chances if total is None else total + chances
-    assert total is not None
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    rows = [Row(at, prompt + answer, len(prompt)) for at, (prompt, answer) in enumerate(pairs)]
+    losses = [nan] * len(pairs)
+    total = torch.zeros(vocabulary)
+    for batch in batches(rows, vocabulary):
+        logits = run(model, batch).logits
+        answers = [pairs[row.prompt][1] for row in batch]
+        for row, here in zip(batch, logits.split([len(a) for a in answers]), strict=True):
+            answer = torch.tensor(pairs[row.prompt][1], device=here.device)
+            losses[row.prompt] = float(cross_entropy(here.float(), answer))
+            total += here.softmax(-1, dtype=torch.float32).sum(0).cpu()
     return losses, total
