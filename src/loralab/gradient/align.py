@@ -109,7 +109,9 @@ def _align(
         return _held_out(trained, layout, held_out, config, reference)
 
     if untouched:
-        answers.take(0, "before", lambda _: texts, measured())
+        with timings.phase("evaluation"):
+            found = measured()
+        answers.take(0, "before", lambda _: texts, found)
     on_event(
         TrainingStarted(
             model=config.model,
@@ -143,8 +145,9 @@ def _align(
     with timings.phase("saving"):
         save_trained(trained, tokenizer, config.model, run)
     if history.complete and run.leads:
-        after = measured()
-        answers.take(history.steps, "after", lambda p: judge.trained(trained, p), after)
+        with timings.phase("evaluation"):
+            found = measured()
+        answers.take(history.steps, "after", lambda p: judge.trained(trained, p), found)
     on_event(TrainingEnded(history.complete, history.steps))
     return FineTuned(history.complete, history.steps, history.losses)
 
