@@ -166,7 +166,7 @@ def _losses(model: Any, pairs: Sequence[Pair]) -> tuple[list[float], Tensor]:
     for batch in batches(rows, vocabulary):
         logits = run(model, batch).logits
         answers = [pairs[row.prompt][1] for row in batch]
-        for row, here in zip(batch, logits.split([len(a) for a in answers]), strict=True):
+        for row, here in zip(batch, torch.split(logits, [len(a) for a in answers]), strict=True):
             answer = torch.tensor(pairs[row.prompt][1], device=here.device)
             losses[row.prompt] = float(cross_entropy(here.float(), answer))
             total += here.softmax(-1, dtype=torch.float32).sum(0).cpu()
