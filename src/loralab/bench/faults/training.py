@@ -32,7 +32,6 @@ from loralab.health.guard import GuardCallback
 _EVERY = 5
 _EVALUATIONS = 12
 """At most; a long run is evaluated less often."""
-_HELD_OUT = 16
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -146,7 +145,7 @@ def train(
                 output_dir=str(folder / "trainer"),
                 max_steps=plan.steps,
                 per_device_train_batch_size=plan.batch_size,
-                per_device_eval_batch_size=_HELD_OUT,
+                per_device_eval_batch_size=16,
                 learning_rate=plan.lr,
                 lr_scheduler_type=plan.schedule,
                 warmup_steps=round(plan.warmup * plan.steps),
@@ -166,7 +165,7 @@ def train(
                 dataset_kwargs={"skip_prepare_dataset": True},
             ),
             train_dataset=Dataset.from_list([as_record(row) for row in rows]),
-            eval_dataset=Dataset.from_list([as_record(row) for row in golds[:_HELD_OUT]]),
+            eval_dataset=Dataset.from_list([as_record(row) for row in golds[: world.tested // 2]]),
             data_collator=lambda batch: pad([as_row(one) for one in batch], tokenizer.pad_token_id),
             processing_class=tokenizer,
             callbacks=[guard],
