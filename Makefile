@@ -25,11 +25,14 @@ $(STAMP): constraints.txt pyproject.toml
 demo: install
 	$(BIN)/loralab demo
 
+# Files are shared between two workers of one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check
