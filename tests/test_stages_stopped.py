@@ -151,6 +151,7 @@ def test_a_signal_at_a_stages_last_moment_stops_the_pipeline_too(
     plain: None, data: Path, tmp_path: Path, times: int
 ) -> None:
     config, path = made(values_for(data, ("pretrain", "sft"))), tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
 
     def stop(event: Any) -> None:
         if isinstance(event, TrainingEnded):  # after its last evaluation
@@ -164,7 +165,7 @@ def test_a_signal_at_a_stages_last_moment_stops_the_pipeline_too(
         with pytest.raises(KeyboardInterrupt):
             go(config, path, stop)
     assert not (path / "sft").exists()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     _, result, _ = go(config, path)
     assert result.complete
     assert (path / "sft" / "adapter").exists()

@@ -330,7 +330,8 @@ def test_a_task_that_raises_does_not_end_the_run(
         if len(calls) == 3:
             raise ZeroDivisionError("their bug")
         judged = real(self, example, completion)
-        return replace(judged, reward=float("nan")) if len(calls) == 4 else judged
+        # The fourth call asks what the third's failure is worth: an empty text.
+        return replace(judged, reward=float("nan")) if len(calls) == 5 else judged
 
     monkeypatch.setattr(type(task), "score", score)
     _, run, _ = start(tmp_path / "run", make_config(generations=2))
