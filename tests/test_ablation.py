@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 import tiny
 from loralab import config as configs
@@ -232,6 +233,22 @@ def test_a_guard_looks_where_it_is_asked_to(given: dict[str, Any], tmp_path: Pat
     [row] = run.metrics()
     assert "warn weights.large" in row["findings"]
     assert (run.path / "guard" / "one-0" / "readings.jsonl").exists()
+
+
+class Stops(TrainerCallback):  # type: ignore[misc]
+    findings = ()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        control.should_training_stop = True
+
+
+def test_a_variant_that_its_guard_stops_has_failed(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "guards", lambda *_: [Stops()])
+    run, _ = pipeline.start(only(given), tmp_path / "run", lambda _: None)
+    [row] = run.metrics()
+    assert (row["failed"], row["held_out"]) == ("stopped after step 1", None)
 
 
 def test_a_task_that_calls_nothing_right_is_judged_by_its_reward(

@@ -61,12 +61,18 @@ def test_sentiment_reads_tables_and_scores_the_class_that_is_named(sst2: Path) -
 
 
 def test_a_short_sentence_does_not_cut_the_answer(tmp_path: Path) -> None:
-    rows = [{"sentence": "it", "label": 1}, {"sentence": "negative", "label": 0}]
+    rows = [
+        {"sentence": "it", "label": 1},
+        {"sentence": "negative", "label": 0},
+        {"sentence": "never positive", "label": 0},
+    ]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     task: Any = tasks.get("sst2", path=str(tmp_path))
-    for example, right in zip(task.examples("test"), ("positive", "negative"), strict=True):
+    for example, right in zip(task.examples("test"), ("positive", *["negative"] * 2), strict=True):
         assert task.score(example, right).correct
+        assert task.score(example, f'"{right}"').correct
+        assert task.score(example, f'"{task.text(example)}" is {right}').correct
         assert task.score(example, f"Review: {task.text(example)}\nSentiment: {right}").correct
         assert not task.score(example, f"Review: {task.text(example)}").parts["answered"]
 

@@ -33,6 +33,8 @@ class Words:
     def score(self, example: Example, completion: str) -> Score:
         if completion == "raise" or self.broken:
             raise ValueError("no")
+        if completion == "none":
+            return None  # type: ignore[return-value]
         reward = float("nan") if completion == "nan" else float(len(completion.split()))
         return Score(reward, bool(completion) if self.judged else None, {"words": reward})
 
@@ -42,7 +44,7 @@ def done(text: str, error: str | None = None) -> Completion:
     return Completion(text=text, tokens=(1,), finish_reason=reason, error=error)
 
 
-FAILED = [done("", "no room"), done("raise"), done("nan")]
+FAILED = [done("", "no room"), done("raise"), done("nan"), done("none")]
 
 
 @pytest.mark.parametrize("failed", FAILED)

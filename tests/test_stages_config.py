@@ -117,13 +117,14 @@ def test_a_plan_runs_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_digest_covers_a_reference_without_a_slash(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("init", "key"), [("pissa", "reference"), ("warm_start", "teacher")])
+def test_a_digest_covers_a_model_without_a_slash(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str, key: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     values = values_for(data, ("pretrain", "sft"))
     values["stages"]["sft"]["adapter"]["init"] = {
-        "name": "pissa", "options": {"reference": "whole"}
+        "name": init, "options": {key: "whole"}
     }  # fmt: skip
     stage = made(values).parsed()["sft"]
     none = stage_digest(stage, {})
@@ -132,8 +133,8 @@ def test_a_digest_covers_a_reference_without_a_slash(
     first = stage_digest(stage, {})
     (tmp_path / "whole" / "model.safetensors").write_text("others")
     assert len({none, first, stage_digest(stage, {})}) == 3
-    values["stages"]["sft"]["adapter"]["init"]["options"]["reference"] = "stages.pretrain.model"
+    values["stages"]["sft"]["adapter"]["init"]["options"][key] = "stages.pretrain.model"
     assert made(values).stages["sft"]["adapter"]["init"]["options"]
-    values["stages"]["sft"]["adapter"]["init"]["options"]["reference"] = "stages.pretrain.adapter"
+    values["stages"]["sft"]["adapter"]["init"]["options"][key] = "stages.pretrain.adapter"
     with pytest.raises(UserError, match=r"stage pretrain leaves model"):
         made(values)

@@ -11,8 +11,11 @@ import pytest
 import tiny
 from loralab import pipeline
 from loralab.config import parse
+from loralab.config.references import references
 from loralab.engines.likelihood import likelihood
 from loralab.run import Run
+from loralab.stages.outputs import Left
+from loralab.stages.runner import _resolved
 from loralab.subject import subject_of
 
 pytest.importorskip("bitsandbytes")
@@ -53,3 +56,22 @@ def test_a_stages_adapter_is_measured_on_the_base_that_it_was_trained_on(tmp_pat
     wanted = likelihood(opened.model, opened.tokenizer, text, opened.state).to_dict()
     assert tuned["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-6)
     assert tuned["parameters"] > dense["parameters"]
+
+
+def test_a_teacher_answers_on_the_base_that_it_was_trained_on(tmp_path: Path) -> None:
+    sft = {
+        "kind": "sft",
+        "quantization": "nf4",
+        "data": {"path": "rows.jsonl"},
+        "training": {"steps": 1},
+    }
+    teach = {
+        "kind": "distill", "adapter": "stages.sft.adapter", "task": {"name": "conciseness"}
+    }  # fmt: skip
+    values = {"kind": "pipeline", "name": "q", "model": "m", "stages": {"sft": sft, "t": teach}}
+    stages = parse(values, "test").parsed()
+    wanted = references(stages["t"].to_dict(), "t")
+    (tmp_path / "adapter").mkdir()
+    left = {"sft": Left("sft", stages["sft"], tmp_path)}
+    resolved: Any = _resolved(stages["t"], wanted, left, lambda _: None)
+    assert resolved.quantization == "nf4"

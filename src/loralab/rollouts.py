@@ -91,9 +91,9 @@ def _scored(task: Task, example: Example, text: str) -> Score | str:
     """What the task makes of a text, or why it can make nothing of it."""
     try:
         score = task.score(example, text)
+        return score if isfinite(score.reward) else f"task {task.name}: reward is {score.reward}"
     except Exception as error:  # a task is other people's code, and a run is long
         return f"task {task.name}: {type(error).__name__}: {error}"
-    return score if isfinite(score.reward) else f"task {task.name}: reward is {score.reward}"
 
 
 def share_correct(rollouts: Sequence[Rollout]) -> float | None:

@@ -29,7 +29,8 @@ class DistillConfig(CommonConfig):
     """Completions of a teacher that the task scores, kept as rows for `kind: sft`.
 
     `model` is the teacher, by its name on the endpoint where there is one. adapter: a directory in
-    PEFT's format that the teacher answers with. examples: of the split, null for all. samples: of
+    PEFT's format that the teacher answers with. quantization: of the model under it; an adapter of
+    a pipeline's stage brings that stage's own. examples: of the split, null for all. samples: of
     each. min_reward: null keeps what is correct. batch: examples that are answered, judged and
     written before the next.
     """
@@ -39,6 +40,7 @@ class DistillConfig(CommonConfig):
     split: Literal["train", "test"] = "train"
     endpoint: EndpointConfig | None = None
     adapter: str | None = None
+    quantization: Literal["nf4", "int8"] | None = None
     examples: Positive | None = None
     samples: Positive = 4
     min_reward: float | None = None
@@ -50,6 +52,8 @@ class DistillConfig(CommonConfig):
     def _one_teacher(self) -> DistillConfig:
         if self.endpoint is not None and self.adapter is not None:
             raise ValueError("no adapter with an endpoint: name the adapter's model as `model`")
+        if self.endpoint is not None and self.quantization is not None:
+            raise ValueError("no quantization with an endpoint: its server loads the model")
         if self.samples > 1 and self.generation.temperature == 0:
             raise ValueError("generation.temperature above 0 where samples is above 1")
         return self

@@ -13,7 +13,13 @@ from loralab.errors import UserError
 STAGES, INPUTS = "stages", "inputs"
 
 _WRITTEN = re.compile(rf"({STAGES}|{INPUTS})\.\S*")
-_READS = {"model": "model", "reference": "model", "adapter": "adapter", "generator": "adapter"}
+_READS = {
+    "model": "model",
+    "reference": "model",
+    "teacher": "model",
+    "adapter": "adapter",
+    "generator": "adapter",
+}
 """Keys that take one output alone, so that the wrong one is named before anything runs."""
 
 

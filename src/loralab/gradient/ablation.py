@@ -93,13 +93,15 @@ def _one(
         trained = trainable(model, tokenizer, config, rows, run)
         watching = SplineDiagnosticsCallback() if spline_layers(trained) else None
         # Each run is looked at on its own: a guard compares with the looks before, in its folder.
-        looked_at = Run(run.path / "guard" / f"{name}-{seed}", {}, lock=None)
-        guarded = guards(config, looked_at, tokenizer, on_event)
+        guarded = guards(config, run.path / "guard" / f"{name}-{seed}", tokenizer, on_event)
         callbacks = [*guarded, *([] if watching is None else [watching])]
         cpu, clock = process_time(), perf_counter()
         row: dict[str, Any] = {"variant": name, "seed": seed}
         try:
             history = train(trained, tokenizer, rows, settings, config.seed, callbacks)
+            if not history.complete:
+                failed = f"stopped after step {len(history.losses)}"
+                row |= {"failed": failed, "held_out": None}
         except NonFiniteError as error:
             row |= {"failed": str(error), "held_out": None}
         for guard in guarded:

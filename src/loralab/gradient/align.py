@@ -106,12 +106,11 @@ def _align(
     layout = Layout.of(causal_of(trained), tokenizer, settings)
 
     def measured() -> dict[str, Any]:
-        return _held_out(trained, layout, held_out, config, reference)
+        with timings.phase("evaluation"):
+            return _held_out(trained, layout, held_out, config, reference)
 
     if untouched:
-        with timings.phase("evaluation"):
-            found = measured()
-        answers.take(0, "before", lambda _: texts, found)
+        answers.take(0, "before", lambda _: texts, measured())
     on_event(
         TrainingStarted(
             model=config.model,
@@ -135,7 +134,7 @@ def _align(
             settings,
             config.dpo,
             config.seed,
-            callbacks=[diary, *guards(config, run, tokenizer, on_event)],
+            callbacks=[diary, *guards(config, run.path, tokenizer, on_event)],
             output_dir=run.checkpoints,
             reference=reference,
             resume_from=resume_from,
@@ -145,9 +144,8 @@ def _align(
     with timings.phase("saving"):
         save_trained(trained, tokenizer, config.model, run)
     if history.complete and run.leads:
-        with timings.phase("evaluation"):
-            found = measured()
-        answers.take(history.steps, "after", lambda p: judge.trained(trained, p), found)
+        after = measured()
+        answers.take(history.steps, "after", lambda p: judge.trained(trained, p), after)
     on_event(TrainingEnded(history.complete, history.steps))
     return FineTuned(history.complete, history.steps, history.losses)
 

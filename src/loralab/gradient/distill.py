@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -137,9 +137,13 @@ def _teacher(config: DistillConfig) -> tuple[Engine, str | None]:
 
         options = config.endpoint.model_dump()
         return EndpointEngine(options.pop("url"), config.model, **options), None
-    from loralab.evaluate import open_engine
+    from loralab.evaluate import engine_of
+    from loralab.subject import subject_of
 
-    return open_engine(config.model, config.dtype, config.device, config.adapter)
+    subject = subject_of(config.model, config.adapter, config.dtype, config.device)
+    if config.quantization is not None:
+        subject = replace(subject, quantization=config.quantization)
+    return engine_of(subject)
 
 
 def _judged(

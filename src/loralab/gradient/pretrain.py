@@ -136,7 +136,7 @@ def _pretrain(
     if not any(row.get("phase") == "before" for row in run.metrics()):
         probe.line(0, "before")
     diary = _Diary(config, run, timings, on_event, stopping, probe.scores)
-    watching = [diary, *guards(config, run, tokenizer, on_event)]
+    watching = [diary, *guards(config, run.path, tokenizer, on_event)]
     on_event(
         TrainingStarted(
             model=f"{config.name} ({config.decoder.attention} attention)",

@@ -115,7 +115,7 @@ def _reinforce(
             settings,
             config.grpo,
             config.seed,
-            callbacks=[diary, *guards(config, run, tokenizer, on_event)],
+            callbacks=[diary, *guards(config, run.path, tokenizer, on_event)],
             output_dir=run.checkpoints,
             resume_from=resume_from,
             autocast=config.full and config.dtype == "bfloat16",

@@ -177,7 +177,7 @@ def _run(
     )
     saved = (trained, parts.tokenizer, config.model, run)
     with timings.phase("training"), kept_when_not_finite(*saved):
-        watching = [diary, *guards(config, run, parts.tokenizer, on_event)]
+        watching = [diary, *guards(config, run.path, parts.tokenizer, on_event)]
         history = _train(trained, parts, config, watching, run, resume_from)
     pass_on(history.notes, run, on_event)
     with timings.phase("saving"):

@@ -88,7 +88,7 @@ def fitting(groups: Sequence[Sequence[Solution]], max_length: int) -> tuple[list
     if not kept:
         raise UserError(
             f"all {len(every)} sampled solutions are longer than training.max_length {max_length}; "
-            "raise it, or lower generation.max_new_tokens"
+            "raise it, or lower generation.max_new_tokens, in another --run-dir"
         )
     return kept, len(every) - len(kept)
 

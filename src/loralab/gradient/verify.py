@@ -206,7 +206,7 @@ def _verify(
             settings,
             config.verifier,
             config.seed,
-            callbacks=[diary, *guards(config, run, tokenizer, on_event)],
+            callbacks=[diary, *guards(config, run.path, tokenizer, on_event)],
             output_dir=run.checkpoints,
             layout=layout,
             resume_from=resume_from,

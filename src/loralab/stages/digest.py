@@ -15,7 +15,7 @@ from loralab.durable import explain_os_errors
 
 _SIZE = 16
 _CHUNK = 1 << 20
-_ANYTHING = ("path", "model", "adapter", "generator", "reference")
+_ANYTHING = ("path", "model", "adapter", "generator", "reference", "teacher")
 """Last words of keys whose value may name a file or folder without a slash in it."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from loralab import config as configs
 from loralab import pipeline
 from loralab.config import AnyConfig, EvalConfig, PipelineConfig
+from loralab.config.distill import DistillConfig
 from loralab.config.references import Reference, references, replaced, texts
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
@@ -86,17 +87,17 @@ def _resolved(
     left: Mapping[str, Left],
     say: Callable[[str], None],
 ) -> AnyConfig:
-    """The stage's config with a path in the place of each reference; an adapter to be measured
+    """The stage's config with a path in the place of each reference; an adapter that answers
     stands on the base it was trained on, quantised as that was."""
     paths = {r.key: str(left[r.stage].path(r.output, say)) for r in wanted}
     values = replaced(stage.to_dict(), lambda key, text: paths.get(key, text))
+    answering = {"": values} if isinstance(stage, DistillConfig) else {}
     if isinstance(stage, EvalConfig):
-        stages = {r.key: r.stage for r in wanted}
-        for model, own in stage.models.items():
-            trained = stages.get(f"models.{model}.adapter")
-            if trained is not None and own.quantization is None:
-                bits = getattr(left[trained].config, "quantization", None)
-                values["models"][model]["quantization"] = bits
+        answering = {f"models.{name}.": own for name, own in values["models"].items()}
+    trained = {r.key: left[r.stage].config for r in wanted}
+    for place, own in answering.items():
+        if own["quantization"] is None and f"{place}adapter" in trained:
+            own["quantization"] = getattr(trained[f"{place}adapter"], "quantization", None)
     return configs.parse(values, f"stage {stage.name}")
 
 
@@ -109,8 +110,8 @@ def _refuse_moved(actual: AnyConfig, wanted: list[Reference], place: Path) -> No
         if before.get(reference.key) != now[reference.key]:
             raise UserError(
                 f"stage {actual.name}: was begun with {reference} at {before.get(reference.key)}, "
-                f"which is {now[reference.key]} now: move the pipeline back to go on, or remove "
-                f"{place} to begin the stage anew"
+                f"which is {now[reference.key]} now, moved or made anew: put it back to go on, or "
+                f"remove {place} to begin the stage anew"
             )
 
 

@@ -83,8 +83,12 @@ class Sentiment(FewShot):
         return int(example.data["label"])
 
     def _predicted(self, example: Example, completion: str) -> int | None:
-        # A copied prompt names classes before the sentence, which may name one itself.
-        copied = rf"Review: {re.escape(self.text(example))}(?!\w)"
+        # A copied prompt names classes before the sentence, which may name one itself; so may a
+        # quoted one, but a word in quotation marks is an answer.
+        sentence = re.escape(self.text(example))
+        copied = rf"Review: {sentence}(?!\w)"
+        if " " in self.text(example):
+            copied += rf"|\"{sentence}\"|“{sentence}”"
         own = re.split(copied, completion[:_LONGEST])[-1]
         lines = _AGAIN.split(own, maxsplit=1)[0].lower().split("\n")
         lines = [line for line in lines if line.strip()]
