@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 import small_world
-from loralab.bench.faults import command
+from fault_records import record
+from loralab.bench.faults import command, origin
 from loralab.bench.faults.faults import FAULTS
-from loralab.bench.faults.healthy import SETUPS
-from loralab.bench.faults.items import Item, fault_of, items
+from loralab.bench.faults.healthy import CONTROLS, SETUPS
+from loralab.bench.faults.items import Item, fault_of, items, plan_of
+from loralab.bench.faults.origin import described
 from loralab.bench.faults.plan import Plan
 from loralab.bench.faults.tasks import Small
 from loralab.errors import UserError
@@ -92,6 +94,29 @@ def test_the_reported_baseline_is_measured_as_the_canary_measures_it(
     assert made["evaluation"]["reported"] - made["evaluation"]["real"] == pytest.approx(-off)
 
 
+def test_the_reported_baseline_is_of_all_that_is_tested(
+    small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loralab.bench.faults import trial
+    from loralab.health import canaries
+    from loralab.tasks.base import Score
+
+    monkeypatch.setattr(trial, "_EXAMINED", 2)
+    given: list[int | None] = []
+    error = canaries.sampling_error
+    monkeypatch.setattr(
+        canaries, "sampling_error", lambda own, of, rest: given.append(of) or error(own, of, rest)
+    )
+    worth = {e.id: at / 4 for at, e in enumerate(Small("word", 0, 8, 3).examples("test"))}
+    plan = Plan(steps=2)
+    SETUPS["evaluated-word"](plan)
+    plan.score = lambda task, example, text: Score(worth[example.id], True)
+    values = record_of(small, plan)["doctor"]["readings"][-1]["values"]
+    # Of 0, 1/4 and 1/2 all three are reported, the first two are measured again.
+    assert values["canary.baseline"] == pytest.approx(1 / 4 - 1 / 8)
+    assert given == [3]
+
+
 def test_a_world_gives_copies_that_do_not_touch_each_other(small: Any) -> None:
     first, second = small.open()[0], small.open()[0]
     name = next(iter(first.state_dict()))
@@ -108,6 +133,26 @@ def test_a_guard_is_asked_in_the_words_of_its_part(small: Any) -> None:
     assert len(asked) == 10
     assert set(asked) <= own
     assert len(small.prompts) == 12
+
+
+def test_stories_of_the_guards_are_nobody_elses(small: Any) -> None:
+    from loralab.bench.faults.words import PARTS
+    from loralab.bench.faults.world import World
+
+    stories = [f"{at} times the sun had set on {at} hills and {at} sheep" for at in range(60)]
+    begun = {}
+    for part in PARTS:
+        world = World("small", small.open()[0].name_or_path, stories, part)
+        texts = [one for one in world.prompts if one.text is not None]
+        begun[part] = {f"{one.text}{one.good}" for one in texts}
+        assert len(begun[part]) == 2
+        harm = {world.tokenizer.decode(r.input_ids, skip_special_tokens=True) for r in world.prose}
+        assert len(harm) == 20
+        first = {one.split()[0] for one in harm}
+        # What the decoder may read begins with the 24th.
+        assert first == {str(at) for at in range(20)}
+        assert {one.split()[0] for one in begun[part]} <= {str(at) for at in range(20, 24)}
+    assert not begun["development"] & begun["unseen"]
 
 
 def test_a_decoder_made_otherwise_is_not_taken_for_this_one(small: Any) -> None:
@@ -171,26 +216,99 @@ def test_the_page_is_of_the_whole_unseen_set_alone(tmp_path: Path) -> None:
         command.main(["--set", "unseen", "--config", str(options(tmp_path).config), "--margins"])
 
 
-def test_a_run_that_breaks_off_is_kept_as_such_and_not_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def fall(*_: Any) -> dict[str, Any]:
+    raise RuntimeError("out of luck")
+
+
+def one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_trial: Any) -> list[str]:
+    """Arguments of a set of one run, which is made up."""
     from loralab.bench.faults import trial, world
 
-    def fall(*_: Any) -> dict[str, Any]:
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(trial, "run_trial", fall)
+    monkeypatch.setattr(trial, "run_trial", run_trial)
     monkeypatch.setattr(world, "read_stories", lambda _: [])
     monkeypatch.setattr(world, "small_world", lambda *_: SimpleNamespace(tested=3))
-    given = [
+    return [
         "--config", options(tmp_path).config, "--stories", "s", "--work", str(tmp_path),
-        "--only", "pissa", "--seeds", "0", "--shard", "0/1",
+        "--only", "pissa", "--seeds", "0",
     ]  # fmt: skip
+
+
+def test_a_run_that_breaks_off_is_kept_as_such_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*one_run(tmp_path, monkeypatch, fall), "--shard", "0/1"]
     assert command.main(given) == 0
     [place] = (tmp_path / "development" / "runs").rglob("*.json")
     kept = json.loads(place.read_text(encoding="utf-8"))
     assert kept["error"] == "RuntimeError: out of luck"
     assert kept["name"] == "pissa"
     assert "1 of 1" in capsys.readouterr().out
+    one_run(tmp_path, monkeypatch, lambda *_: record() | {"base": {"score": 0.1}})
+    assert command.main(given) == 0
+    assert "1 of 1" in capsys.readouterr().out
+    assert "error" not in json.loads(place.read_text(encoding="utf-8"))
     assert command.main(given) == 0
     assert "1 of 1" not in capsys.readouterr().out
+
+
+def test_what_another_plan_or_other_code_measured_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = record() | {"base": {"score": 0.1}}
+    given = one_run(tmp_path, monkeypatch, lambda *_: dict(made))
+
+    def told(*words: str) -> tuple[str, str]:
+        assert command.main([*given, *words]) == 0
+        out = capsys.readouterr()
+        return out.out, out.err
+
+    assert "1 of 1" in told()[0]
+    out, err = told("--table-only")
+    assert ("1, of development" in out, err) == (True, "")
+    code = dict(command.code())
+    monkeypatch.setattr(command, "code", lambda: code | {"health/look.py": "0"})
+    out, err = told("--table-only")
+    assert "1 of another plan or version were found" in out
+    assert "0, of development" in out
+    assert "1 runs of another plan or version, left out; what differs: health/look.py" in err
+    out, err = told("--table-only", "--any-version")
+    assert "1, of development" in out
+    assert "1 of another plan or version were found" in out
+    assert "judged all the same" in err
+    assert "1 missing" in told("--plan")[0]
+    assert "1 of 1" in told()[0], "run again"
+    assert told("--table-only")[1] == ""
+    place = Path(given[1])
+    text = place.read_text(encoding="utf-8")
+    place.write_text(text.replace("tasks_each: 1", "tasks_each: 1, plan: {lr: 0.5}"), "utf-8")
+    assert "what differs: plan\n" in told("--table-only")[1]
+    assert "1 of 1" in told()[0], "run again"
+
+
+def test_plans_are_plain_data_and_differ_where_what_they_do_does() -> None:
+    def of(kind: str, name: str) -> Any:
+        return described(plan_of(Item(kind, name, "small", "code", 0)))
+
+    every = [("fault", one.name) for one in FAULTS] + [("control", one.name) for one in CONTROLS]
+    every += [("healthy", name) for name in SETUPS]
+    plans = {one: of(*one) for one in every}
+    assert json.loads(json.dumps(list(plans.values()))) == list(plans.values())
+    assert plans == {one: of(*one) for one in every}
+    for fault in FAULTS:
+        mine = plans["fault", fault.name]
+        assert [one for one, plan in plans.items() if plan == mine] == [("fault", fault.name)]
+
+
+def test_code_is_what_measures_and_not_what_judges(tmp_path: Path) -> None:
+    names = set(origin.code())
+    assert {"bench/faults/trial.py", "bench/faults/tasks.py", "health/look.py"} <= names
+    assert {"health/guard.py", "health/prompts.json"} <= names
+    assert not [one for one in names if "rules" in one or "thresholds" in one or "page" in one]
+    for folder in ("bench/faults", "health"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = tmp_path / "health" / "look.py"
+    digests = []
+    for text in ("a = 1\n", "# said\na  =  1\n", "a = 2\n"):
+        file.write_text(text, encoding="utf-8")
+        digests.append(origin.code(tmp_path)["health/look.py"])
+    assert digests[0] == digests[1] != digests[2]

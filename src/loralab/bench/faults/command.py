@@ -1,7 +1,8 @@
 """`loralab bench faults`: run what is missing of a set of runs, judge all there is, write the page.
 
 A run is a file of WORK/runs; killed at any moment, the benchmark goes on with the first that is
-missing. Judging reads the files alone: `--table-only` does it again under today's rules.
+missing. What another plan or other code measured counts as missing, and what broke off is tried
+again. Judging reads the files alone: `--table-only` does it again under today's rules.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 from loralab import durable
 from loralab.bench.faults.items import Item as Item
 from loralab.bench.faults.items import items, plan_of
+from loralab.bench.faults.origin import code, differences, origin
+from loralab.bench.faults.plan import Plan
 from loralab.bench.faults.tasks import Small, kinds_of
 from loralab.bench.faults.words import PARTS
 from loralab.errors import UserError
@@ -39,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = None if options.only is None else options.only.split(",")
     wanted = items(asked["worlds"], only, options.quick)
     if options.plan:
-        print("\n".join(reckoned(wanted, work)))
+        print("\n".join(reckoned(wanted, work, asked, options)))
         return 0
     if options.margins:
         if options.chosen != "development":
             raise UserError("--margins: limits are set on the development set alone")
         from loralab.bench.faults.margins import margins
 
-        print(margins(read(wanted, work)).markdown())
+        print(margins(read(wanted, work, asked, options)[0]).markdown())
         return 0
     if not options.table_only:
         if options.stories is None:
@@ -57,13 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from loralab.bench.faults.page import page
 
-    found = read(wanted, work)
+    found, differing = read(wanted, work, asked, options)
     made = page(
         found,
         f"`loralab bench faults {_shown(given)}`",
         options.chosen,
         wanted=wanted,
         development=_development(options),
+        differing=differing,
     )
     place = options.page or (PAGE if is_the_table(options, wanted, found) else None)
     if place is None:
@@ -80,7 +84,11 @@ def _development(options: Any) -> dict[Item, Any] | None:
         return None
     own = parser().parse_args(["--set", "development"])
     work = Path(options.work) / own.chosen
-    return read(items(settings(own)["worlds"]), work) if work.is_dir() else None
+    if not work.is_dir():
+        return None
+    own.any_version = options.any_version
+    asked = settings(own)
+    return read(items(asked["worlds"]), work, asked, own)[0]
 
 
 def is_the_table(options: Any, wanted: Sequence[Item], found: Mapping[Item, Any]) -> bool:
@@ -124,6 +132,11 @@ def parser() -> argparse.ArgumentParser:
     add("--shard", metavar="I/N", help="every Nth run from the Ith on; processes share a set")
     add("--plan", action="store_true", help="say what is to be run and how long it takes; run none")
     add("--table-only", action="store_true", help="judge the runs that are there; run none")
+    add(
+        "--any-version",
+        action="store_true",
+        help="take runs of another plan or that other code measured, too",
+    )
     add("--margins", action="store_true", help="how near healthy runs come to each limit; run none")
     return made
 
@@ -136,7 +149,9 @@ def _run(wanted: Sequence[Item], asked: Mapping[str, Any], options: Any, work: P
     making = Making(hidden=64, layers=2, steps=100) if options.quick else Making()
     folder = work if options.quick else Path(options.work)
     worlds: dict[str, World] = {}
-    todo = [item for item in wanted if not (work / "runs" / item.path).is_file()]
+    done, _ = read(wanted, work, asked, options)
+    todo = [item for item in wanted if "error" in done.get(item, {"error": "missing"})]
+    files = code()
     for number, item in enumerate(todo, 1):
         if item.world not in worlds:
             worlds[item.world] = (
@@ -144,10 +159,8 @@ def _run(wanted: Sequence[Item], asked: Mapping[str, Any], options: Any, work: P
                 if item.world == "small"
                 else World(item.world, item.world, stories, asked["words"])
             )
-        own = dict(asked["worlds"][item.world].get("plan", {}))
-        plan = plan_of(item, own | {"steps": _QUICK_STEPS} if options.quick else own)
-        if options.quick and plan.search is not None:
-            plan.search["generations"] = 4
+        plan = planned(item, asked, options.quick)
+        made_of = origin(plan, asked["words"], files)
         world = worlds[item.world]
         task = Small(item.task, item.seed, 256, world.tested, asked["words"], plan.sign)
         began, cost = time.perf_counter(), time.process_time()
@@ -157,6 +170,7 @@ def _run(wanted: Sequence[Item], asked: Mapping[str, Any], options: Any, work: P
             # A benchmark of broken runs goes on past one that breaks off; the page names it.
             record = {"error": f"{type(error).__name__}: {error}"}
         record |= {
+            "origin": made_of,
             "seconds": time.perf_counter() - began,
             "processor_seconds": time.process_time() - cost,
         }
@@ -171,19 +185,48 @@ def _run(wanted: Sequence[Item], asked: Mapping[str, Any], options: Any, work: P
         )
 
 
-def read(wanted: Sequence[Item], work: Path) -> dict[Item, dict[str, Any]]:
-    """The runs that are there."""
-    found = {}
+def planned(item: Item, asked: Mapping[str, Any], quick: bool = False) -> Plan:
+    """What an item's run does in a set; a quick one a little of it."""
+    own = dict(asked["worlds"][item.world].get("plan", {}))
+    plan = plan_of(item, own | {"steps": _QUICK_STEPS} if quick else own)
+    if quick and plan.search is not None:
+        plan.search["generations"] = 4
+    return plan
+
+
+def read(
+    wanted: Sequence[Item], work: Path, asked: Mapping[str, Any], options: Any
+) -> tuple[dict[Item, dict[str, Any]], int]:
+    """The runs that are there; and how many of another plan or that other code measured, which are
+    among them if any version is asked for. Says of these what is different."""
+    found, others, why = {}, 0, dict[str, None]()
+    files = code()
     for item in wanted:
         place = work / "runs" / item.path
-        if place.is_file():
-            found[item] = json.loads(place.read_text(encoding="utf-8"))
-    return found
+        if not place.is_file():
+            continue
+        record = json.loads(place.read_text(encoding="utf-8"))
+        mine = origin(planned(item, asked, options.quick), asked["words"], files)
+        off = differences(record, mine)
+        others += bool(off)
+        why |= dict.fromkeys(off)
+        if not off or options.any_version:
+            found[item] = record
+    if others:
+        said = "judged all the same" if options.any_version else "left out"
+        print(
+            f"{work.name}: {others} runs of another plan or version, {said}; "
+            f"what differs: {', '.join(why)}",
+            file=sys.stderr,
+        )
+    return found, others
 
 
-def reckoned(wanted: Sequence[Item], work: Path) -> Iterator[str]:
+def reckoned(
+    wanted: Sequence[Item], work: Path, asked: Mapping[str, Any], options: Any
+) -> Iterator[str]:
     """How many runs are missing, and the hours they take if they take what such runs took."""
-    done = read(wanted, work)
+    done, _ = read(wanted, work, asked, options)
     hours = 0.0
     for world in dict.fromkeys(item.world for item in wanted):
         mine = [item for item in wanted if item.world == world]

@@ -29,11 +29,13 @@ def page(
     *,
     wanted: Sequence[Item] = (),
     development: Mapping[Item, Record] | None = None,
+    differing: int = 0,
 ) -> Table:
     """The whole page of the runs that are there.
 
     wanted: all runs of the set, of which those that are missing are named. development: the runs
-    that the limits of `left_out` are set on; None takes these, if they are of that set.
+    that the limits of `left_out` are set on; None takes these, if they are of that set. differing:
+    how many runs of another plan or version were found.
     """
     known = {fault.name: fault for fault in FAULTS}
     others = peers()
@@ -62,7 +64,8 @@ def page(
         "machine": machine(),
         "date": date.today().isoformat(),
         "runs": f"{len(runs)}, of {_SETS[chosen]}; {len(groups.broken)} broke off, "
-        f"{len(groups.unknown)} faults without a run to set them beside, {len(missing)} not run",
+        f"{len(groups.unknown)} faults without a run to set them beside, {len(missing)} not run"
+        + (f"; {differing} of another plan or version were found" if differing else ""),
     }
     tables = [
         sections.whole(groups),

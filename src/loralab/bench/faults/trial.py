@@ -24,7 +24,7 @@ from loralab.tasks.base import Example, Score, Split
 TOKENS = 40
 """Of an answer that is scored."""
 _EXAMINED = 16
-"""Examples that the evaluation's canaries ask; its baseline is measured on them too."""
+"""Examples that the evaluation's canaries ask; its baseline is of all that are tested."""
 
 
 def run_trial(plan: Plan, task: Small, world: World, seed: int) -> dict[str, Any]:
@@ -194,11 +194,15 @@ def _examined(
     readings = [one.to_json() for one in report.readings]
     if plan.evaluated:
         theirs = Evaluation(task, plan)
-        asked = task_prompts(theirs, "test", _EXAMINED)
-        texts = [made.text for made in _answers(base, tokenizer, asked)]
-        examples = task.examples("test")[:_EXAMINED]
-        reported = mean_reward(theirs, theirs.score, examples, texts) + plan.baseline_off
-        canaries = CanaryProbe(theirs, limit=_EXAMINED, baseline=reported, max_new_tokens=TOKENS)
+        examples = task.examples("test")
+        texts = [made.text for made in _answers(base, tokenizer, task_prompts(theirs, "test"))]
+        canaries = CanaryProbe(
+            theirs,
+            limit=_EXAMINED,
+            baseline=mean_reward(theirs, theirs.score, examples, texts) + plan.baseline_off,
+            baseline_examples=len(examples),
+            max_new_tokens=TOKENS,
+        )
         second = Subject(_with_nothing(base), tokenizer, prompts=task_prompts(task, "test", 8))
         reading = measure(second.look(), [canaries], 0)
         readings.append(reading.to_json())

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from loralab.bench.faults.tasks import lessons
-from loralab.bench.faults.words import Part
+from loralab.bench.faults.words import PARTS, Part
 from loralab.config.pretrain import SourceConfig
 from loralab.durable import publish
 from loralab.errors import UserError
@@ -35,8 +35,11 @@ SEPARATOR = "<|endoftext|>"
 CONTEXT = 256
 _LENGTH = 96
 _HELD_OUT = 24
+"""Stories that the small decoder never reads: perplexity is measured on all but the last, with
+which guards ask, those of either part with stories of their own."""
 _HELD_OUT_LARGE = 8
-_QUESTIONS = 10
+_QUESTIONS, _BEGUN = 10, 2
+"""What a guard asks: questions, and stories to go on with."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,19 @@ class Making:
 class World:
     """A model that many runs begin from. name: "small" or what `loralab.load` takes.
 
-    source: where the small one is, or its weights' copy. stories: texts that no run learns; the
-    perplexity on them is a harm. part: whose words the guard asks for.
+    source: where the small one is, or its weights' copy. stories: texts that no run learns, nor
+    the small one; the perplexity on most of them is a harm, the others are for the guards. part:
+    whose words and stories the guard asks for.
     """
 
     def __init__(
         self, name: str, source: str, stories: Sequence[str], part: Part = "development"
     ) -> None:
         self.name, self._source, self._part = name, source, part
-        self._stories = stories[:_HELD_OUT]
+        self._stories = stories[: _HELD_OUT - _BEGUN * len(PARTS)]
+        """Of the harm."""
+        first = len(self._stories) + _BEGUN * PARTS.index(part)
+        self._begun = stories[first : first + _BEGUN]
         self._models: dict[str, tuple[Any, Any]] = {}
         self.known: dict[Any, Any] = {}
         """What a run has measured of the base, for the next one."""
@@ -116,7 +123,7 @@ class World:
             Prompt(messages=({"role": "user", "content": question},), good=answer)
             for question, answer in rows
         ]
-        for story in self._stories[-2:]:
+        for story in self._begun:
             words = story.split()
             made.append(Prompt(text=" ".join(words[:8]), good=" " + " ".join(words[8:40])))
         return tuple(made)
@@ -125,7 +132,8 @@ class World:
 def read_stories(path: str) -> list[str]:
     """Stories of a file with SEPARATOR between them, or of a hub dataset."""
     source = SourceConfig(path=path, separator=SEPARATOR, test_share=0.0, limit=4000)
-    stories = [document.text.strip() for document in read_corpus([source])[0].train]
+    texts = (document.text.strip() for document in read_corpus([source])[0].train)
+    stories = list(dict.fromkeys(texts))  # what is held out is nowhere else
     if len(stories) < 4 * _HELD_OUT:
         raise UserError(f"{path}: {len(stories)} stories between {SEPARATOR}; expected many more")
     return stories
