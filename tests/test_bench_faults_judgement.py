@@ -159,6 +159,32 @@ def test_faults_come_in_at_the_start_at_a_step_or_after_the_training() -> None:
     assert judged(useless(readings=hurt), fault_of("nan-step"), record(), {}).delay == 10
 
 
+def test_what_a_guard_says_before_the_fault_is_in_counts_for_nothing() -> None:
+    false = {"setup.left_out": 1.0}
+    early = judged(
+        useless(readings=readings({0: {}, 5: false, 25: false})), fault_of("nan-step"), record(), {}
+    )
+    assert [one.step for one in early.early] == [5]
+    assert (early.failed, early.guard, early.step, early.delay, early.lead, early.by) == (
+        False, None, None, None, None, "",
+    )  # fmt: skip
+    assert (early.before_the_loss, early.causes, early.rules) == (False, (), ())
+    # The first that counts is the first after it.
+    late = {15: false | {"train.nonfinite": 1.0}}
+    again = judged(
+        useless(readings=readings({5: false} | late)), fault_of("nan-step"), record(), {}
+    )
+    assert (again.step, again.delay, again.lead, again.named) == (15, 0, 45, True)
+    assert again.rules == ("numbers.nan",)
+    # A fault in what is saved is in no training.
+    saved = useless(readings=readings({5: false}), doctor=doctor({"parity.keys_missing": 2.0}))
+    after = judged(saved, fault_of("keys-dropped"), record(), {})
+    assert (after.guard, after.doctor, after.step, after.by) == (None, "fail", 60, "doctor")
+    assert after.rules == ("parity.keys_missing",)
+    # Of a healthy run every word counts.
+    assert judged(record(readings=readings({5: false})), None, None, {}).step == 5
+
+
 def test_readings_are_judged_anew_and_each_finding_told_once() -> None:
     seen = readings(
         {0: {"setup.left_out": 0.0}, 5: {"setup.left_out": 1.0}, 10: {"setup.left_out": 1.0}}

@@ -111,6 +111,8 @@ def test_the_page_counts_each_run_where_it_belongs() -> None:
     assert counted["small/word/fault-template-0.json"]["what"] == "broke off; counted as missed"
     assert counted["small/code/fault-spline-soft-2.json"]["how"] == "told: FAIL"
     assert counted["small/code/fault-lr-x100-0.json"]["what"] == "not run"
+    mixed = page(runs(), "`it`", "development", differing=3)
+    assert mixed.facts["runs"].endswith("3 of another plan or version were found")
     assert json.loads(made.raw())["runs"][0]["name"] == "lora"
 
 
@@ -176,7 +178,9 @@ def test_peers_are_asked_what_they_can_see_and_of_all() -> None:
     assert rows["flat", "all"][0].startswith("3 of 5")  # type: ignore[union-attr]
     assert rows["flat", "all"][2].startswith("1 of 2")  # type: ignore[union-attr]
     assert rows["loralab", "in the log"][0].startswith("0 of 3")  # type: ignore[union-attr]
-    assert rows["loralab", "all"][0].startswith("2 of 5")  # type: ignore[union-attr]
+    # Our guard's word before the fault was in is no detection.
+    assert rows["loralab", "all"][0].startswith("1 of 5")  # type: ignore[union-attr]
+    assert "In 1 runs of faults the guard FAILs before" in sections.whole(groups).notes[-1]
     assert rows["flat", "all"][4:] == ["worse", "better"]
     assert rows["loralab", "all"][4:] == ["-", "-"]
 
@@ -322,21 +326,48 @@ def test_a_part_is_judged_by_limits_that_it_did_not_set() -> None:
         (row[0], row[1]): row[2:]
         for row in left_out(unseen.harmful, unseen.healthy, development).rows
     }
-    held, hurt, before, fine, frozen, told = rows["task", "style"]
+    gone, held, hurt, before, fine, frozen, told = rows["task", "style"]
     # With style: newlines > 0.5 as frozen. Without: > 0.25 and > base + 0.15, which its 0.4 is.
-    assert (held, hurt, before, told) == (2, "-", "-", "text.newlines")
+    assert (gone, held, hurt, before, told) == (1, 2, "-", "-", "text.newlines")
     assert (fine[:6], frozen[:6]) == ("1 of 1", "0 of 1")  # type: ignore[index]
-    assert rows["healthy kind", "style"][3][:6] == "1 of 1"  # type: ignore[index]
-    held, hurt, before, fine, frozen, told = rows["task", "code"]
-    assert (held, hurt[:6], before[:6], fine[:6]) == (0, "0 of 1", "0 of 1", "0 of 1")  # type: ignore[index]
-    assert rows["task", "all, each in turn (2)"][3][:6] == "1 of 2"  # type: ignore[index]
+    assert rows["healthy kind", "style"][4][:6] == "1 of 1"  # type: ignore[index]
+    gone, held, hurt, before, fine, frozen, told = rows["task", "code"]
+    assert (gone, held, hurt[:6], before[:6], fine[:6]) == (1, 0, "0 of 1", "0 of 1", "0 of 1")  # type: ignore[index]
+    assert rows["task", "all, each in turn (2)"][4][:6] == "1 of 2"  # type: ignore[index]
     # Two kinds, but one run.
-    assert rows["healthy kind", "capitals"][3][:6] == "1 of 1"  # type: ignore[index]
-    assert rows["healthy kind", "all, each in turn (3)"][3][:6] == "1 of 2"  # type: ignore[index]
+    assert rows["healthy kind", "capitals"][4][:6] == "1 of 1"  # type: ignore[index]
+    assert rows["healthy kind", "all, each in turn (3)"][4][:6] == "1 of 2"  # type: ignore[index]
     # Nobody sets a limit on a fault, nor without development runs.
-    assert rows["family of faults", "data"][0] == 0
+    assert rows["family of faults", "data"][:2] == [0, 0]
+    assert "family of faults" not in {what for what, name in rows if name.startswith("all, ")}
     none = left_out(unseen.harmful, unseen.healthy, {})
     assert (list(none.rows), len(none.notes)) == ([], 1)
+
+
+def test_a_part_that_set_no_limits_is_in_no_row_of_all() -> None:
+    development = {
+        item("healthy", "lora", "code"): newlines(0.1),
+        item("healthy", "lora", "word"): {"error": "RuntimeError: no"},
+        item("healthy", "lslora", "code"): newlines(0.1),
+    }
+    unseen = judged_runs(
+        {
+            item("healthy", "lora", "code", 10): newlines(0.1),
+            item("healthy", "lora", "word", 10): newlines(0.1),
+            item("healthy", "lora", "row", 10): newlines(0.4),
+            item("fault", "shuffled", "row", 10): newlines(0.4),
+            item("fault", "spline-tanh", "code", 10): newlines(0.1),
+        }
+    )
+    made = left_out(unseen.harmful, unseen.healthy, development)
+    rows = {(row[0], row[1]): row[2:] for row in made.rows}
+    gone = {name: cells[0] for (_, name), cells in rows.items() if not name.startswith("all, ")}  # type: ignore[union-attr]
+    assert gone == {"code": 2, "word": 0, "row": 0, "data": 0, "spline": 1, "lora": 1}
+    # Its own row is there.
+    assert rows["task", "row"][4][:6] == "1 of 1"  # type: ignore[index]
+    for what, total in (("task", "0 of 1"), ("healthy kind", "1 of 3")):
+        assert rows[what, "all, each in turn (1)"][4][:6] == total  # type: ignore[index]
+    assert rows["family of faults", "all, each in turn (1)"][2][:6] == "0 of 1"  # type: ignore[index]
 
 
 def test_limits_are_set_on_development_runs_and_on_no_others() -> None:
@@ -441,5 +472,8 @@ def test_a_page_can_be_made_of_files_alone(tmp_path: Path) -> None:
         place = tmp_path / "runs" / one.path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(row), encoding="utf-8")
-    found = command.read(list(made), tmp_path)
+    options = command.parser().parse_args(["--any-version"])
+    asked = command.settings(command.parser().parse_args([]))
+    found, others = command.read(list(made), tmp_path, asked, options)
+    assert others == 2, "nobody says what measured them"
     assert page(found, "`it`", "unseen").markdown() == page(made, "`it`", "unseen").markdown()

@@ -44,10 +44,11 @@ class Judged:
     """One run of a fault or a healthy one.
 
     harmful: None of a healthy run, or without the run to compare with. worse: by how much, in the
-    unit of the harm. seen, told: findings of the guard and of the doctor. injected: the step at
-    which the fault came in; None of one that came after the training, and of a healthy run. shown:
-    the step at which the validation loss shows it. named: the right cause is among the first two.
-    peers: opinions of those that can judge such a run at all.
+    unit of the harm. seen, told: findings of the guard and of the doctor. early: those of the guard
+    before the fault came in, which are of something else, and in `seen` no more. injected: the step
+    at which the fault came in; None of one that came after the training, and of a healthy run.
+    shown: the step at which the validation loss shows it. named: the right cause is among the first
+    two. peers: opinions of those that can judge such a run at all.
     """
 
     record: Record
@@ -55,6 +56,7 @@ class Judged:
     worse: float
     seen: tuple[Finding, ...] = ()
     told: tuple[Finding, ...] = ()
+    early: tuple[Finding, ...] = ()
     injected: int | None = None
     shown: int | None = None
     named: bool = False
@@ -146,6 +148,12 @@ def judged(
     if "error" in record:
         return Judged(record, None if fault is None else True, inf)
     seen, told = guard_findings(record, rules), doctor_findings(record, rules)
+    early: list[Finding] = []
+    came_in = None if fault is None else injected(fault, int(record["steps"]))
+    if fault is not None:
+        first = inf if came_in is None else came_in
+        early = [one for one in seen if one.step < first]
+        seen = [one for one in seen if one.step >= first]
     harmless = fault is None or reference is None
     worse = inf if fault is None or reference is None else harm(fault, record, reference)
     named = fault is not None and bool(set(fault.causes) & set(causes((*seen, *told))[:2]))
@@ -155,7 +163,8 @@ def judged(
         worse=worse,
         seen=tuple(seen),
         told=tuple(told),
-        injected=None if fault is None else injected(fault, int(record["steps"])),
+        early=tuple(early),
+        injected=came_in,
         shown=visible(record, reference),
         named=named,
         # A search has no training loss, and so no log that such a judge reads.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from loralab.bench.faults.faults import FAULTS
-from loralab.bench.faults.items import Item
+from loralab.bench.faults.items import Item, fault_of
 from loralab.bench.faults.judgement import Judged, Record, judged
 from loralab.bench.faults.limits import NEAREST, SLACK, Setting
 from loralab.bench.faults.sections import names_of, rate
@@ -59,19 +59,26 @@ def left_out(
     healthy: Mapping[Item, Judged],
     development: Mapping[Item, Record],
 ) -> Section:
-    """A row for each part, and one for all of a sort. Limits are set on the healthy runs of
-    `development` that are not in the part; nothing without any."""
-    columns = ["left out", "", "limits it held", "harmful FAIL (95 %)", "by frozen limits",
-               "healthy FAIL (95 %)", "by frozen limits ", "rules that do"]  # fmt: skip
-    ours = {item: row for item, row in development.items() if item.kind != "fault"}
-    if not any("error" not in row for row in ours.values()):
+    """A row for each part, and one for all of a sort that set any limits. These are set on the
+    healthy runs of `development` that are not in the part; nothing without any."""
+    columns = ["left out", "", "runs it set limits on", "limits it held", "harmful FAIL (95 %)",
+               "by frozen limits", "healthy FAIL (95 %)", "by frozen limits ",
+               "rules that do"]  # fmt: skip
+    ours = {
+        item: row
+        for item, row in development.items()
+        if item.kind != "fault" and "error" not in row
+    }
+    if not ours:
         note = "No healthy development runs are there, on which limits could be set."
         return Section("Left out one at a time", "", columns, [], [note])
     setting = Setting(ours)
     whole = _limits(setting.without(lambda _: False))
     rows: list[list[Cell]] = []
     every: dict[str, list[dict[Item, bool]]] = {}
+    left: list[str] = []
     for part in parts({**harmful, **healthy}):
+        gone = sum(part.holds(item) for item in ours)
         rules = setting.without(part.holds)
         moved = sum(a != b for a, b in zip(whole, _limits(rules), strict=True))
         hurt = {item: one for item, one in harmful.items() if part.holds(item)}
@@ -82,13 +89,15 @@ def left_out(
             {item: one.failed for item, one in runs.items()}
             for runs in (_again(hurt, rules), hurt, alarms, fine)
         ]
-        for kept, new in zip(every.setdefault(part.what, [{}, {}, {}, {}]), flags, strict=True):
-            # A healthy run of several kinds counts once, and as failed if it ever was.
-            kept |= {item: failed or kept.get(item, False) for item, failed in new.items()}
+        if gone:
+            left.append(part.what)
+            for kept, new in zip(every.setdefault(part.what, [{}, {}, {}, {}]), flags, strict=True):
+                # A healthy run of several kinds counts once, and as failed if it ever was.
+                kept |= {item: failed or kept.get(item, False) for item, failed in new.items()}
         cells = [rate(one.values()) for one in flags]
-        rows.append([part.what, part.name, moved, *cells, ", ".join(told) or "-"])
+        rows.append([part.what, part.name, gone, moved, *cells, ", ".join(told) or "-"])
     totals: list[list[Cell]] = [
-        [what, f"all, each in turn ({sum(row[0] == what for row in rows)})", None,
+        [what, f"all, each in turn ({left.count(what)})", None, None,
          *(rate(one.values()) for one in flags), "-"]
         for what, flags in every.items()
     ]  # fmt: skip
@@ -100,16 +109,23 @@ def left_out(
         f"{NEAREST:g} of it (for limits from below: 1 / {SLACK:g} of the least, up to "
         f"{1 / NEAREST:g} times the frozen one). Limits of 0 stay, and so do limits on what no run "
         "that is left measured. No fault sets a limit; with a family of faults the healthy runs "
-        "that they alone are set beside are left out. `limits it held`: those that all healthy "
-        "runs together would have set otherwise. Since no limit is looser than the frozen one, "
-        "the detection here cannot be worse: it is the false alarms that this may show."
+        "that they alone are set beside are left out. A part that set no limits (a task of the "
+        "unseen set alone, a family whose faults are set beside plain LoRA) cannot be left out: it "
+        "is judged by limits set on all, and is in no row of all. `limits it held`: those that all "
+        "healthy runs together would have set otherwise. Since no limit is looser than the frozen "
+        "one, the detection here cannot be worse: it is the false alarms that this may show."
     )
     return Section("Left out one at a time", intro, columns, [*totals, *rows])
 
 
 def _again(runs: Mapping[Item, Judged], rules: tuple[Rule, ...]) -> dict[Item, Judged]:
     """By other limits; harm stays what it is."""
-    return {item: judged(one.record, None, None, {}, rules) for item, one in runs.items()}
+    return {
+        item: judged(
+            one.record, fault_of(item.name) if item.kind == "fault" else None, None, {}, rules
+        )
+        for item, one in runs.items()
+    }
 
 
 def _limits(rules: tuple[Rule, ...]) -> list[float]:

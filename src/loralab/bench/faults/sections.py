@@ -87,6 +87,7 @@ def whole(groups: Groups) -> Section:
         "same seed. Other faults are benign and in no rate of detection. Intervals are Clopper and "
         "Pearson's, as if runs were independent; runs of one fault are not quite.",
         *_lead_notes(harmful),
+        *_early_notes([*harmful, *benign]),
     ]
     columns = ["", "runs", "of", "share", "95 % low", "high", "to reach"]
     return Section("All", "", columns, rows, notes)
@@ -107,6 +108,17 @@ def _lead_notes(harmful: Sequence[Judged]) -> list[str]:
         + (f", {strict:g} with the {len(missed)} missed as the worst" if isfinite(strict) else "")
         + ". Where it never shows, the lead is to the end of the run. Faults in what is saved, "
         "merged or evaluated have none: no loss could show them."
+    ]
+
+
+def _early_notes(broken: Sequence[Judged]) -> list[str]:
+    """What a guard said of something else."""
+    early = [one for one in broken if any(found.severity == "fail" for found in one.early)]
+    if not early:
+        return []
+    return [
+        f"In {len(early)} runs of faults the guard FAILs before the fault is in (of one in what is "
+        "saved, merged or evaluated: at all). That is of something else, and no detection."
     ]
 
 
