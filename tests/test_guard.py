@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DataCollatorForLanguageModeling
 
 import tiny
+from loralab import ranks
 from loralab.errors import UserError
 from loralab.health import GuardCallback, guard_view, pace
 from loralab.health.condition import over
@@ -27,6 +28,7 @@ from loralab.health.pace import Pace
 from loralab.health.reading import Reading
 from loralab.health.rule import Rule
 from loralab.health.thresholds import Limit
+from loralab.health.training_watch import TrainingWatch
 from watched_training import (
     PROMPTS,
     Halt,
@@ -239,6 +241,69 @@ def test_a_failure_seen_at_the_end_goes_back_too(tmp_path: Path) -> None:
             saved = load_file(place / "checkpoint-12" / "adapter_model.safetensors")
             kept = {name.replace(".default", ""): value for name, value in seen[10].items()}
             assert same(saved, kept), "the checkpoint has the healthy weights"
+
+
+def test_the_best_checkpoint_is_judged_and_not_overwritten(tmp_path: Path) -> None:
+    for name, best in (("best", True), ("last", False)):
+        model, told = adapted(), list[str]()
+        guard = GuardCallback(PROMPTS, "rollback", rules=[LATE], texts=False, tell=told.append)
+        made = trainer(
+            tmp_path / name,
+            model,
+            guard,
+            steps=12,
+            eval_dataset=rows(4),
+            eval_strategy="steps",
+            save_strategy="steps",
+            eval_steps=4,
+            save_steps=4,
+            load_best_model_at_end=best,
+            # The worst of a loss that falls: of the first checkpoint.
+            metric_for_best_model="loss",
+            greater_is_better=True,
+        )
+        seen: dict[int, dict[str, Tensor]] = {}
+        made.add_callback(Note(seen))
+        made.train()
+        assert rules_of(guard) == {"test.late"}
+        assert guard.readings[-1].step == 12
+        assert same(weights(model), seen[4 if best else 10])
+        assert sum("went back" in line for line in told) == (not best)
+
+
+def test_processes_ask_each_other_at_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = TrainingWatch.gradients_ready
+
+    def asked(mine: bool) -> list[int]:
+        """After which steps a process asks the other one; the losses of steps 3 and 4 are no number
+        in one of them, as in a batch that overflows in fp16."""
+        steps: list[int] = []
+        theirs: list[bool] = []
+        guard = GuardCallback(PROMPTS, texts=False)
+        made = trainer(tmp_path / str(mine), adapted(), guard, steps=6)
+
+        def some_lost(watch: TrainingWatch, compare: bool = False) -> bool:
+            sound, lost = ready(watch, compare), watch.step + 1 in (3, 4)
+            watch.nonfinite += mine and lost
+            theirs.append(lost and not mine)
+            return sound and not (mine and lost)
+
+        def agreed(own: bool) -> bool:
+            steps.append(made.state.global_step)
+            return own or bool(theirs and theirs.pop())
+
+        monkeypatch.setattr(TrainingWatch, "gradients_ready", some_lost)
+        monkeypatch.setattr(ranks, "world", lambda: 2)
+        monkeypatch.setattr(ranks, "agreed", agreed)
+        monkeypatch.setattr(ranks, "summed", lambda values: [2 * one for one in values])
+        made.train()
+        assert "numbers.nan" in rules_of(guard)
+        assert guard.readings[-1].values["train.nonfinite"] == 2
+        return steps
+
+    assert asked(mine=True) == asked(mine=False)
 
 
 def test_garbled_text_fails_and_rollback_returns_to_readable(

@@ -67,16 +67,17 @@ class Poisoned(Trainer):  # type: ignore[misc]
 
     factor: Losses = staticmethod(lambda step: 1.0)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().compute_loss(*args, **kwargs)
-        return loss * self.factor(self.state.global_step + 1)
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, *args, **kwargs)
+        return loss * self.factor(self.state.global_step + 1) if model.training else loss
 
 
 def trainer(
     folder: Path, model: Any, guard: GuardCallback | None, steps: int = 6, **options: Any
 ) -> Poisoned:
     data = options.pop("data", None)
-    more = {key: options.pop(key) for key in ("optimizers", "data_collator") if key in options}
+    own = ("optimizers", "data_collator", "eval_dataset")
+    more = {key: options.pop(key) for key in own if key in options}
     arguments = {
         "max_steps": steps,
         "learning_rate": 5e-3,

@@ -164,11 +164,15 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         step = state.global_step + 1
-        self._sound = self._watching().gradients_ready(
+        watch = self._watching()
+        mine = self._sound = watch.gradients_ready(
             compare=self._pace.due(step) or step >= state.max_steps
         )
         if ranks.world() > 1:
-            self._sound = not ranks.agreed(not self._sound)
+            self._sound = not ranks.agreed(not mine)
+            # Another's loss: all count the same steps and find the same, or some would judge, and
+            # ask the others, while those train on.
+            watch.nonfinite += mine and not self._sound
         if self._halted or (not self._sound and self.action != "warn"):
             # Without gradients the optimiser leaves the weights as they are.
             for parameter in more["model"].parameters():
@@ -206,7 +210,9 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         if self._watch is None:
             return
         if self._pace.last < state.global_step:
-            self._look(state, control, more, last=True)
+            # The weights may be the best checkpoint's by now, which nobody is to overwrite.
+            best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            self._look(state, control, more, last=True, acts=not best)
         self._pace.end()
         self.close()
         self._say(
@@ -221,7 +227,12 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             self._trackers.close()
 
     def _look(
-        self, state: TrainerState, control: TrainerControl, more: Any, last: bool = False
+        self,
+        state: TrainerState,
+        control: TrainerControl,
+        more: Any,
+        last: bool = False,
+        acts: bool = True,
     ) -> None:
         """Measure, write down, judge, and act."""
         began = perf_counter()
@@ -232,7 +243,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         )
         self.readings.append(reading)
         self._ledger.add(reading)
-        self._judge(self.readings[self._from :], state, control, more, last=last)
+        self._judge(self.readings[self._from :], state, control, more, last=last, acts=acts)
         seconds = perf_counter() - began
         self._pace.looked(state.global_step, seconds)
         self.on_cost(seconds)
@@ -245,9 +256,10 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         more: Any,
         whole: bool = True,
         last: bool = False,
+        acts: bool = True,
     ) -> None:
         """Of the newest reading. whole: it is a look's, so that what it does not show is over.
-        last: no step follows."""
+        last: no step follows. acts: does what a failure asks for, and does not only tell it."""
         found = judge(readings, self._rules)
         fresh = [one for one in found if (one.rule, one.severity) not in self._standing]
         now = {(one.rule, one.severity) for one in found}
@@ -268,7 +280,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         if not failed:
             if self.action == "rollback" and whole and not last:
                 self._healthy = Snapshot(more["model"], more.get("optimizer"), state.global_step)
-        elif self.action != "warn" and not self._halted:
+        elif acts and self.action != "warn" and not self._halted:
             self._act(state, control, more, last)
 
     def _act(self, state: TrainerState, control: TrainerControl, more: Any, last: bool) -> None:
