@@ -60,6 +60,7 @@ LABELS: Mapping[str, str] = {
     "es.dominance": "noise of the loudest module, times the median's",
     "es.held_out_gap": "training reward up while held-out reward falls, standard errors",
     "es.informative": "informative pairs",
+    "es.member_kl": "KL that a member's noise alone makes, nats a token",
     "es.noop": "noise lost to rounding",
     "es.repetition": "members' texts that repeat, over the first generation's",
     "es.reward_up": "rise of the reward, standard errors",

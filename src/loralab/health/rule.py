@@ -10,6 +10,7 @@ from loralab.health.causes import MENDS, Evidence
 from loralab.health.condition import Condition, cited, numbers_of
 from loralab.health.findings import Finding, Severity
 from loralab.health.reading import Reading, Readings
+from loralab.health.ruled_out import possible
 
 Moment = Literal["start", "training", "finished"]
 """Before the first step, during training, and of an adapter that lies there finished."""
@@ -30,8 +31,9 @@ def moment_of(reading: Reading) -> Moment:
 @dataclass(frozen=True)
 class Rule:
     """fail, warn: conditions, all of which have to hold. lasting: readings in a row that a failure
-    has to hold in a run, before which it is a warning. since: the first step judged. cause, also:
-    ids of `causes.CAUSES`, the likeliest first. evidence: how much a finding says of its cause.
+    has to hold in a run, before which it is a warning. since: the first step of a run that is
+    judged. cause, also: ids of `causes.CAUSES`, the likeliest first; a finding leaves out those
+    that its reading rules out. evidence: how much a finding says of its cause.
     """
 
     name: str
@@ -47,13 +49,13 @@ class Rule:
     def judge(self, readings: Readings) -> Finding | None:
         """Of the newest reading, given those before."""
         newest = readings[-1]
-        if not self._looks_at(newest):
+        if not self.looks_at(newest):
             return None
         if self.fail and self._all(self.fail, newest):
             lasting = 1 if moment_of(newest) == "finished" else self.lasting
             recent = readings[-lasting:]
             if len(recent) == lasting and all(
-                self._looks_at(one) and self._all(self.fail, one) for one in recent
+                self.looks_at(one) and self._all(self.fail, one) for one in recent
             ):
                 return self._finding("fail", self.fail, newest)
             return self._finding("warn", self.fail, newest)
@@ -61,8 +63,10 @@ class Rule:
             return self._finding("warn", self.warn, newest)
         return None
 
-    def _looks_at(self, reading: Reading) -> bool:
-        return moment_of(reading) in self.moments and reading.step >= self.since
+    def looks_at(self, reading: Reading) -> bool:
+        """Whether it judges readings of that moment and step."""
+        moment = moment_of(reading)
+        return moment in self.moments and (moment == "finished" or reading.step >= self.since)
 
     def _all(self, conditions: Sequence[Condition], reading: Reading) -> bool:
         return all(condition.holds(reading) for condition in conditions)
@@ -71,14 +75,15 @@ class Rule:
         self, severity: Severity, conditions: tuple[Condition, ...], reading: Reading
     ) -> Finding:
         shown = any(condition.value.startswith(_SHOWN) for condition in conditions)
+        cause, *also = possible((self.cause, *self.also), reading)
         return Finding(
             rule=self.name,
             severity=severity,
             step=reading.step,
             message=cited(conditions, reading),
             numbers=numbers_of(conditions, reading),
-            cause=self.cause,
-            also=self.also,
-            advice=MENDS[self.cause],
+            cause=cause,
+            also=tuple(also),
+            advice=MENDS[cause],
             examples=reading.examples[:_EXAMPLES] if shown else (),
         )

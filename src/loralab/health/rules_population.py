@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loralab.health import thresholds as t
-from loralab.health.condition import over, under
+from loralab.health.condition import if_known, over, under
 from loralab.health.rule import Rule
 
 POPULATION = (
@@ -11,10 +11,13 @@ POPULATION = (
         "es.silent",
         "es.noise_too_weak",
         ("reward.exploitable",),
+        # A pair's means differ as soon as one text of many prompts does: that alone is no signal.
+        # Members that have found the answers agree too, and so do those that are sure of theirs.
         fail=(
-            under("es.informative", t.INFORMATIVE),
-            under("es.correct", t.UNSOLVED),
             under("es.distinct", t.SAME_TEXTS),
+            under("es.correct", t.UNSOLVED),
+            if_known(under("es.reward_up", t.REWARD_UP)),
+            if_known(under("es.member_kl", t.MEMBER_KL_SOME)),
         ),
         warn=(under("es.informative", t.INFORMATIVE_SOME), under("es.correct", t.UNSOLVED)),
         since=4,
@@ -25,6 +28,14 @@ POPULATION = (
         warn=(over("es.ties", t.TIES), under("es.correct", t.UNSOLVED)),
         evidence="symptom",
         since=4,
+    ),
+    Rule(
+        "es.weak_noise",
+        "es.noise_too_weak",
+        fail=(under("es.member_kl", t.MEMBER_KL),),
+        warn=(under("es.member_kl", t.MEMBER_KL_SOME),),
+        evidence="direct",
+        moments=("start",),
     ),
     Rule(
         "es.noop",

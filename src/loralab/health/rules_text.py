@@ -74,7 +74,7 @@ TEXT = (
     Rule(
         "text.empty",
         "data.empty",
-        ("reward.exploitable", "template.wrong", "lr.too_high"),
+        ("lr.too_high", "reward.exploitable", "template.wrong"),
         fail=(over("text.empty", t.EMPTY), over_base("text.empty", t.DEGENERATE_RISE)),
         warn=(over_base("text.empty", t.EMPTY_SOME),),
     ),

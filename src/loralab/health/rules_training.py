@@ -155,7 +155,29 @@ NUMBERS = (
             over_base("loss.all", t.LOSS_GAP),
         ),
         warn=(over("weights.delta_ratio.max", t.DELTA_RATIO),),
-        moments=("training", "finished"),
+        moments=("training",),
+    ),
+    Rule(
+        "weights.large_finished",
+        "lr.too_high",
+        ("scale.wrong",),
+        warn=(
+            over("weights.delta_ratio.max", t.DELTA_RATIO),
+            under("weights.delta_ratio.max", t.DELTA_RATIO_BROKEN),
+        ),
+        moments=("finished",),
+    ),
+    Rule(
+        "weights.outweigh",
+        "scale.wrong",
+        # A training that went so far is seen by its guard; what lies there may never have had one.
+        ("init.garbled", "lr.too_high"),
+        fail=(
+            over("weights.delta_ratio.max", t.DELTA_RATIO_BROKEN),
+            over_base("loss.all", t.LOSS_GAP),
+        ),
+        warn=(over("weights.delta_ratio.max", t.DELTA_RATIO_BROKEN),),
+        moments=("finished",),
     ),
     Rule(
         "learning.little",
