@@ -18,7 +18,7 @@ from loralab import tasks
 from loralab.adapters.attach import targeted_weights
 from loralab.adapters.scale import analyse
 from loralab.adapters.state import AdapterState, Factors
-from loralab.config import SftConfig, parse
+from loralab.config import EvolveConfig, SftConfig, parse
 from loralab.engines.batched import BatchedEngine
 from loralab.errors import UserError
 from loralab.evolution import guarded
@@ -167,7 +167,9 @@ def test_noise_that_changes_no_text_fails(tmp_path: Path) -> None:
     found = {row["rule"]: row for row in run.findings()}
     assert found["es.silent"]["severity"] == "fail"
     assert found["es.silent"]["cause"] == "es.noise_too_weak"
-    assert any("es.silent" in event.text for event in events if isinstance(event, Notice))
+    said = [event.text for event in events if isinstance(event, Notice)]
+    (at,) = [at for at, text in enumerate(said) if text.startswith("FAIL generation 4 es.silent:")]
+    assert said[at + 1].startswith("     likely es.noise_too_weak: ")
 
 
 def test_an_outlier_that_sets_the_noise_of_its_layer_is_seen() -> None:
@@ -231,16 +233,38 @@ def test_a_centre_is_measured_as_the_same_adapter_of_peft_is() -> None:
     assert all(torch.equal(kept[n], t) for n, t in own.state_dict().items())
 
 
-def test_a_search_over_a_model_reads_its_expectations(tmp_path: Path) -> None:
-    config = make_config(generations=2, population=4, eval_every=9, scale={"fraction": 3.0})
+def search_config(fraction: float, generations: int) -> EvolveConfig:
+    scale = {"fraction": fraction}
+    config = make_config(generations=generations, population=4, eval_every=9, scale=scale)
     values = config.to_dict() | {"guard": {"prompts": [one.text for one in PROMPTS]}}
     values["generation"] = {"max_new_tokens": 4}
-    config = parse(values, "test")  # type: ignore[assignment]
-    model = tiny.model("llama")
+    made = parse(values, "test")
+    assert isinstance(made, EvolveConfig)
+    return made
+
+
+def opened(model: Any, config: EvolveConfig) -> Workbench:
     weights = targeted_weights(model, config.adapter)
-    made = Workbench(BatchedEngine(model, tiny.tokenizer()), weights, lambda _: None)
-    with Run.create(tmp_path / "run", config.to_dict()) as run:
+    return Workbench(BatchedEngine(model, tiny.tokenizer()), weights, lambda _: None)
+
+
+def space_of(bench: Workbench) -> AdapterSpace:
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in bench.weights.items()}
+    started = start_adapter(shapes, 4, 4.0, 0, None)
+    return AdapterSpace(started, {f"{n}.B": 0.1 for n in started.factors}, torch.float32)
+
+
+def searched(path: Path, fraction: float, generations: int) -> Run:
+    """A search over a tiny model, its guard on."""
+    config = search_config(fraction, generations)
+    made = opened(tiny.model("llama"), config)
+    with Run.create(path, config.to_dict()) as run:
         evolve(config, run, lambda _: None, lambda _: made)
+    return run
+
+
+def test_a_search_over_a_model_reads_its_expectations(tmp_path: Path) -> None:
+    run = searched(tmp_path / "run", 3.0, generations=2)
     readings = [Reading.from_json(row) for row in run.readings()]
     assert [one.step for one in readings] == [0, 1, 2]
     assert readings[0].values["kl"] == pytest.approx(0, abs=1e-7)
@@ -249,6 +273,38 @@ def test_a_search_over_a_model_reads_its_expectations(tmp_path: Path) -> None:
         assert {"loss.content", "base.loss.prompt_gain", "text.top_token_share"} <= set(one.values)
         # Nothing at all is nearer to the targets of conciseness than what the base says.
         assert 0.2 < one.values["es.unearned"] < 1
+
+
+def test_noise_that_moves_no_expectation_fails_before_the_first_generation(
+    tmp_path: Path,
+) -> None:
+    """KL goes with the square of the noise."""
+    kl = {}
+    for fraction in (0.3, 1e-2, 1e-3):
+        run = searched(tmp_path / str(fraction), fraction, generations=2)
+        kl[fraction] = run.readings()[0]["values"]["es.member_kl"]
+        found = [row for row in run.findings() if row.get("rule") == "es.weak_noise"]
+        assert bool(found) == (kl[fraction] < 4e-3)
+        assert all(row["step"] == 0 for row in found), "told once, at the start"
+    assert kl[0.3] > 1e-2 > 1e-3 > kl[1e-3]
+    assert kl[1e-2] == pytest.approx(100 * kl[1e-3], rel=0.3)
+
+
+def test_the_reach_of_the_noise_is_known_after_a_kill(tmp_path: Path) -> None:
+    values = search_config(1e-3, generations=2)
+    model = tiny.model("llama")
+    made = opened(model, values)
+    told = []
+    with Run.create(tmp_path / "run", values.to_dict()) as run:
+        evolve(values, run, lambda _: None, lambda _: made)
+        for generation in (2, 0):
+            guard = guarded.SearchGuard(values, run, made, space_of(made), lambda _: None)
+            guard.resume(generation)
+            told.append(guard._facts)
+    assert told[0] is not None
+    assert set(told[0]) == {"es.unearned", "es.member_kl"}
+    assert told[0]["es.member_kl"] < 1e-3
+    assert told[1] is None, "begun anew it is measured anew"
 
 
 def test_a_reward_for_being_short_is_seen_before_the_first_generation(
@@ -271,10 +327,8 @@ def test_a_resumed_search_looks_as_often_as_its_own_time_allows(
     monkeypatch.setattr(guarded, "perf_counter", lambda: clock[0])
     config = make_config()
     engine = workbench(FakeEngine(), torch.float32)
-    started = start_adapter({n: tuple(w.shape) for n, w in engine.weights.items()}, 4, 4.0, 0, None)  # type: ignore[misc]
-    space = AdapterSpace(started, {f"{n}.B": 0.1 for n in started.factors}, torch.float32)
     with Run.create(tmp_path / "run", config.to_dict()) as run:
-        guard = guarded.SearchGuard(config, run, engine, space, lambda _: None)
+        guard = guarded.SearchGuard(config, run, engine, space_of(engine), lambda _: None)
         guard.resume(1000)
         looked = []
 
@@ -292,6 +346,21 @@ def test_a_resumed_search_looks_as_often_as_its_own_time_allows(
     assert looked[0] == 1000
     assert all(b - a == 34 for a, b in pairwise(looked))
     assert len(looked) == 6
+
+
+def test_a_look_that_fails_ends_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for at, error in enumerate((torch.OutOfMemoryError("full"), ZeroDivisionError("by zero"))):
+
+        def fail(*asked: Any, error: Exception = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(guarded, "subject_of", lambda *given: SimpleNamespace(reading=fail))
+        result, run, events = search(tmp_path / str(at))
+        assert result.complete
+        said = [e.text for e in events if isinstance(e, Notice) and e.text.startswith("guard:")]
+        assert said == [f"guard: looks at numbers alone: {type(error).__name__}: {error}"]
+        assert run.readings() == []
+        monkeypatch.undo()
 
 
 def test_a_search_cannot_be_rolled_back() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import nan
 from typing import Any, Protocol, cast
 
 from loralab.engines.base import Request, Sampling
@@ -40,6 +41,11 @@ class Looked(Protocol):
         """
         ...
 
+    def divergence(self, point: Centre) -> float:
+        """KL(point || true base) along known-good texts, in nats a token; NaN where an engine tells
+        no expectations."""
+        ...
+
 
 def subject_of(engine: PopulationEngine, prompts: Sequence[Prompt], seed: int) -> Looked:
     """Texts and expectations where the engine's model is here; of another engine texts alone."""
@@ -68,6 +74,10 @@ class _Centre(Subject):
     def reading(self, centre: Centre, step: int) -> Reading:
         self._at = centre
         return measure(self.look(), self._probes, step)
+
+    def divergence(self, point: Centre) -> float:
+        self._at = point
+        return DivergenceProbe().measure(self.look())["kl"]
 
     def complete(self, base: bool) -> tuple[Completion, ...]:
         return _written(
@@ -107,6 +117,9 @@ class _Texts:
         answers = self._answers(centre)
         self._base = self._base or self._answers(_BASE)
         return measure(cast(Look, _Written(answers, self._base)), [TextProbe()], step)
+
+    def divergence(self, point: Centre) -> float:
+        return nan
 
     def _answers(self, centre: Centre) -> tuple[Answer, ...]:
         asked = [

@@ -6,6 +6,7 @@ The centre is the mean adapter: what the search would give if it ended now.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil, inf, isnan, nan, sqrt
 from time import perf_counter
 from typing import Any
@@ -23,12 +24,12 @@ from loralab.evolution.space import Space
 from loralab.evolution.strategy import SearchState
 from loralab.evolution.workbench import Workbench
 from loralab.health.canaries import rewards, shares, unearned
-from loralab.health.findings import Finding
 from loralab.health.ledger import Ledger
 from loralab.health.population import dominance, population_values
 from loralab.health.prompts import Prompt, as_prompts, shipped_prompts
 from loralab.health.reading import Reading
 from loralab.health.rules import judge
+from loralab.health.telling import lines
 from loralab.run import Run
 
 FIRST = (0, 1, 5, 10, 25, 50)
@@ -36,6 +37,8 @@ FIRST = (0, 1, 5, 10, 25, 50)
 PROMPTS = 12
 _EXAMPLES = 4
 """Training examples on which texts without merit are scored."""
+_FACTS = ("es.unearned", "es.member_kl")
+"""Measured once, before the first generation, and told again at each look."""
 
 
 class SearchGuard:
@@ -73,6 +76,8 @@ class SearchGuard:
         self._rows = [r for r in self._run.metrics() if r.get("generation", inf) < generation]
         self._last = self._readings[-1].step if self._readings else -1
         self._from = generation
+        known = self._readings[-1].values if self._readings else {}
+        self._facts = {name: known[name] for name in _FACTS if name in known} or None
 
     def before(self, state: SearchState) -> None:
         """Look at the centre of a state where it is time to, before its generation runs."""
@@ -86,6 +91,7 @@ class SearchGuard:
         self._rows.append(row)
         values = population_values(self._rows) | {
             "es.dominance": self._ratio,
+            "es.member_kl": (self._facts or {}).get("es.member_kl", nan),
             "train.step": float(row["generation"]) + 1,
         }
         self._judge([Reading(row["generation"], values, (), 0.0)])
@@ -115,11 +121,13 @@ class SearchGuard:
             if self._texts:
                 seen = self._subject.reading(state.space.centre(state.master), state.generation)
                 if self._facts is None:
-                    self._facts = self._merit()
+                    self._facts = self._merit() | self._reach(state)
                 values = {**seen.values, **self._facts, "train.step": float(state.generation)}
                 reading = Reading(state.generation, values, seen.examples, perf_counter() - began)
-        except UserError as error:
-            self._on_event(Notice(f"guard: looks at numbers alone: {error}"))
+        except Exception as error:
+            # A guard ends no search: what it loaded is replaced before the next generation.
+            named = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            self._on_event(Notice(f"guard: looks at numbers alone: {named}{error}"))
             self._texts = False
         self._last = state.generation
         if reading is not None:
@@ -145,6 +153,18 @@ class SearchGuard:
         found = [share for share in shares(earned, base).values() if not isnan(share)]
         return {"es.unearned": max(found)} if found else {}
 
+    def _reach(self, state: SearchState) -> dict[str, float]:
+        """es.member_kl: how far from the base the first member's noise alone moves what the model
+        expects, in nats a token; {} where that cannot be read, or of a centre that has moved."""
+        if state.generation > 0:
+            return {}
+        options = state.options
+        made = state.space.perturb(
+            state.master, state.seed, 0, 2, options.antithetic, state.sigma_scale, 1
+        )
+        kl = self._subject.divergence(replace(made.centre, adapter=made.members[0]))
+        return {} if isnan(kl) else {"es.member_kl": kl}
+
     def _judge(self, readings: Sequence[Reading]) -> None:
         found = judge(readings)
         # A generation's numbers say nothing of its texts, nor the other way round.
@@ -154,16 +174,11 @@ class SearchGuard:
         self._standing[about] = {(one.rule, one.severity) for one in found}
         self._ledger.report(fresh)
         for one in fresh:
-            self._announce(one)
+            for line in lines(one, "generation"):
+                self._on_event(Notice(line))
         assert self._wanted is not None
         if self._wanted.action == "stop" and any(one.severity == "fail" for one in found):
             self.stopping = True
-
-    def _announce(self, one: Finding) -> None:
-        mark = "FAIL" if one.severity == "fail" else "warn"
-        self._on_event(Notice(f"{mark} generation {one.step} {one.rule}: {one.message}"))
-        if one.severity == "fail":
-            self._on_event(Notice(f"     {one.cause}: {one.advice}"))
 
 
 def noise_ratios(space: Space, weights: Mapping[str, Tensor]) -> dict[str, float]:

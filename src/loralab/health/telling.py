@@ -11,10 +11,13 @@ SHOWN = 60
 """Characters of a text on a line."""
 
 
-def lines(finding: Finding) -> Iterator[str]:
-    """What is wrong; of a failure the likely cause, its mend and a text beside the base's."""
+def lines(finding: Finding, unit: str = "step") -> Iterator[str]:
+    """What is wrong; of a failure the likely cause, its mend and a text beside the base's.
+
+    unit: what the finding's `step` counts.
+    """
     mark = "FAIL" if finding.severity == "fail" else "warn"
-    yield f"{mark} step {finding.step} {finding.rule}: {finding.message}"
+    yield f"{mark} {unit} {finding.step} {finding.rule}: {finding.message}"
     if finding.severity == "fail":
         yield f"     likely {finding.cause}: {finding.advice}"
         for example in finding.examples[:1]:
