@@ -128,11 +128,15 @@ def test_a_cause_stands_until_all_that_would_show_it_was_looked_for() -> None:
 
 def test_a_finished_adapter_out_of_proportion_has_a_wrong_scale_or_start_first() -> None:
     texts = {"text.looping": 0.9, "base.text.looping": 0.1}
+    texts |= {"text.top_token_share": 0.7, "base.text.top_token_share": 0.1}
+    texts |= {"text.long_run": 0.8, "base.text.long_run": 0.0}
     for values in (OVERSIZED, OVERSIZED | texts):
         found = judge([Reading(0, values, (), 0.0)])
         ranked = causes(found)
-        assert ranked[:2] == ("scale.wrong", "init.garbled")
-        assert "lr.too_high" in ranked
+        assert ranked[:3] == ("scale.wrong", "lr.too_high", "init.garbled")
+    # Where its start was looked at that is known, and so is a training that went too far.
+    start, large = reading(0, kl=4.0, loss__all=6.0), Reading(0, OVERSIZED | texts, (), 0.0)
+    assert "init.garbled" in causes([*judge([start]), *judge([large])])[:2]
     # Of a training it is the learning rate.
     assert causes(judge([Reading(50, OVERSIZED | {"train.step": 50.0}, (), 0.0)]))[0] == (
         "lr.too_high"

@@ -8,6 +8,9 @@ from loralab.health import thresholds as t
 from loralab.health.condition import Condition, over, under
 from loralab.health.reading import Reading
 
+# What an adapter writes that outweighs its base tells nothing of the rows.
+_IN_PROPORTION = under("weights.delta_ratio.max", t.DELTA_RATIO_BROKEN)
+
 SIGNS: Mapping[str, tuple[Condition, ...]] = {
     "init.zero_factors": (over("weights.dead", t.DEAD_SOME),),
     "init.residual_missing": (over("weights.base_share", t.BASE_SHARE),),
@@ -27,6 +30,8 @@ SIGNS: Mapping[str, tuple[Condition, ...]] = {
     "data.shuffled": (over("data.shuffled", t.SHUFFLED),),
     "data.empty": (over("data.empty", t.TRACE),),
     "data.truncated": (over("data.truncated", t.TRACE),),
+    "data.overweighted_token": (_IN_PROPORTION,),
+    "collapse.mode": (_IN_PROPORTION,),
     "es.outlier_sigma": (over("es.dominance", t.DOMINANCE_SOME),),
 }
 """By cause, what shows where it is true, one of these at least. A cause that may be true without

@@ -171,12 +171,14 @@ NUMBERS = (
         "weights.outweigh",
         "scale.wrong",
         # A training that went so far is seen by its guard; what lies there may never have had one.
-        ("init.garbled", "lr.too_high"),
+        # Direct: what texts show of such an adapter comes of its size.
+        ("lr.too_high", "init.garbled"),
         fail=(
             over("weights.delta_ratio.max", t.DELTA_RATIO_BROKEN),
             over_base("loss.all", t.LOSS_GAP),
         ),
         warn=(over("weights.delta_ratio.max", t.DELTA_RATIO_BROKEN),),
+        evidence="direct",
         moments=("finished",),
     ),
     Rule(
