@@ -18,7 +18,7 @@ from loralab.bench.faults.items import Item
 from loralab.bench.faults.judgement import Record, doctor_readings, guard_readings
 from loralab.health.condition import Condition
 from loralab.health.reading import Reading
-from loralab.health.rule import Rule, moment_of
+from loralab.health.rule import Rule
 from loralab.health.rules import RULES
 from loralab.health.thresholds import Limit
 
@@ -82,7 +82,7 @@ def seen_by_rule(records: Mapping[Item, Record], rules: Iterable[Rule]) -> list[
         [
             Seen(item, one.step, tuple(quantity(condition, one) for condition in rule.fail))
             for item, one in readings
-            if moment_of(one) in rule.moments and one.step >= rule.since
+            if rule.looks_at(one)
         ]
         for rule in rules
     ]
