@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import loralab.adapters as adapters
 import tiny
 from loralab.errors import UserError
-from loralab.health import forced, known_base
+from loralab.health import forced, runners
 from loralab.health.divergence import DivergenceProbe, OwnDivergenceProbe
 from loralab.health.look import OWN_TOKENS, Subject, measure
 from loralab.health.prompts import Prompt, shipped_prompts, task_prompts
@@ -184,8 +184,9 @@ def test_own_samples_are_read_to_their_thirty_second_token() -> None:
 def test_batches_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora()
     whole = subject(model).look().good
-    for name, value in (("BATCH_TOKENS", 30), ("BATCH_LOGITS", 67 * 7), ("PIECE", 67 * 3)):
-        monkeypatch.setattr(forced, name, value)
+    monkeypatch.setattr(runners, "BATCH_TOKENS", 30)
+    monkeypatch.setattr(runners, "BATCH_LOGITS", 67 * 7)
+    monkeypatch.setattr(forced, "PIECE", 67 * 3)
     parts = subject(model).look().good
     assert torch.equal(whole.tokens, parts.tokens)
     assert torch.equal(whole.ends, parts.ends)
@@ -198,8 +199,8 @@ def test_the_base_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = subject(model)
     first = seen.look()
     _ = first.good, first.base_completions
-    ran = []
-    monkeypatch.setattr(known_base, "run", lambda *_: ran.append(1))
+    ran: list[Any] = []
+    monkeypatch.setattr(seen._known._runner, "run", ran.append)
     fill(model, seed=4)
     second = seen.look()
     assert second.base_completions is first.base_completions

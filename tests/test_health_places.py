@@ -20,9 +20,9 @@ from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
 from loralab.gradient.rows import Row
 from loralab.gradient.sft import train
-from loralab.health import greedy
 from loralab.health.divergence import DivergenceProbe, OwnDivergenceProbe
 from loralab.health.look import Subject, measure
+from loralab.health.native_copy import plain_adapter
 from loralab.health.prompts import Prompt
 from loralab.health.text import TextProbe
 from loralab.health.token_classes import TokenClassProbe
@@ -191,7 +191,7 @@ def test_the_native_copy_answers_as_base_and_as_adapter(native: Any, start: str)
     look = seen.look()
     assert seen._native is not None
     assert [made.token_ids for made in look.base_completions] == texts(native, seen, None)
-    state = greedy.plain_adapter(model, seen.causal)
+    state = plain_adapter(model, seen.causal)
     assert state is not None
     native.load({"a": state})
     assert [made.token_ids for made in look.completions] == texts(native, seen, "a")

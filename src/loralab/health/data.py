@@ -7,9 +7,10 @@ masking made of it, and whether the base model thinks that answers belong to the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from loralab.data.check import contamination
 from loralab.data.documents import Document
 from loralab.engines.stopping import end_tokens
 from loralab.health.pairs import IGNORED, SCALES, Pairs, heard, loss_of, pairs_of, scaled
+from loralab.health.runners import ModelRunner, Runner
 from loralab.health.still import base_of, causal_of, has_adapter, held_still
 
 if TYPE_CHECKING:
@@ -102,15 +104,20 @@ class DataProbe:
 
     def measure(self, look: Look) -> dict[str, float]:
         """Of the rows, of how the true base reads them, and of how the model does."""
-        model = look.subject.model
-        values = self.measure_model(model)
+        subject = look.subject
+        values = self.measure_model(subject.model, subject.base_runner)
         if self._pairs is not None:
-            values |= learned_values(model, self._pairs, values["base.data.row_loss"])
+            base_loss = values["base.data.row_loss"]
+            now = look.readers[0]
+            values |= learned_values(subject.model, self._pairs, base_loss, now, subject.runner)
         return values
 
-    def measure_model(self, model: Any | None) -> dict[str, float]:
+    def measure_model(
+        self, model: Any | None, base: Callable[[], Runner] | None = None
+    ) -> dict[str, float]:
         """Of the rows, and of how the true base of a model in memory reads them; None leaves out
-        what needs one."""
+        what needs one. base: what runs rows through that base, if there is something better than
+        the model itself."""
         if self.facts is None:
             ends = {*self._ends, *ends_of(self._tokenizer, model)}
             facts = row_facts(self._rows, self._tokenizer, ends, self._max_length)
@@ -126,7 +133,7 @@ class DataProbe:
             excess = None
             self._pairs = None if model is None else pairs_of(self._rows[:_MOST_ROWS], ends)
             if self._pairs is not None:
-                read, token = base_values(model, self._pairs)
+                read, token = base_values(model, self._pairs, base)
                 values |= read
                 excess = self._tokenizer.decode([token])
             self.facts = DataFacts(values, facts.top_token, excess, facts.template, places)
@@ -246,7 +253,9 @@ def foreign_template(text: str, tokenizer: Any) -> str | None:
     return None
 
 
-def base_values(model: Any, pairs: Pairs) -> tuple[dict[str, float], int]:
+def base_values(
+    model: Any, pairs: Pairs, base: Callable[[], Runner] | None = None
+) -> tuple[dict[str, float], int]:
     """How the true base reads the rows, and the token behind data.excess_token.
 
     data.shuffled: share of rows whose answer is no likelier behind its own prompt than behind one
@@ -256,45 +265,52 @@ def base_values(model: Any, pairs: Pairs) -> tuple[dict[str, float], int]:
     largest share of the targets less the base's mean chance of it there; base.data.overexpected:
     the largest of the opposite. base.data.row_loss: nats a token of the answers.
     """
-    with _as_base(model) as causal:
-        base = heard(causal, pairs)
-    top = int(base.surplus.argmax())
+    runner = base() if base else ModelRunner(causal_of(model), partial(_as_base, model))
+    said = heard(runner, pairs)
+    top = int(said.surplus.argmax())
     values = {
-        "data.shuffled": fmean(gain <= 0 for gain in base.gains),
-        "data.pair_gain": base.gain,
-        "data.pair_gain.se": base.error,
-        "data.pair_gain.errors": base.gain / base.error,
-        "data.excess_token": float(base.surplus[top]),
-        "base.data.overexpected": base.overexpected,
-        "base.data.row_loss": base.loss,
+        "data.shuffled": fmean(gain <= 0 for gain in said.gains),
+        "data.pair_gain": said.gain,
+        "data.pair_gain.se": said.error,
+        "data.pair_gain.errors": said.gain / said.error,
+        "data.excess_token": float(said.surplus[top]),
+        "base.data.overexpected": said.overexpected,
+        "base.data.row_loss": said.loss,
     }
     return values, top
 
 
-def learned_values(model: Any, pairs: Pairs, base_loss: float) -> dict[str, float]:
+def learned_values(
+    model: Any,
+    pairs: Pairs,
+    base_loss: float,
+    now: Runner,
+    standing: Callable[[], Runner],
+) -> dict[str, float]:
     """How a model reads the rows as it is now, beside `base_values`.
 
     data.learned_gain: as pair_gain; .errors as there. data.overexpected: over all tokens but ends,
     the largest mean chance less its share of the targets. data.row_loss: nats a token of the
     answers; and only where that is over the base's, data.rescaled_loss: the least of it with the
     adapter at a half to a sixteenth of its scaling.
+
+    now: what runs rows through the model. standing: makes that anew, of the model as it then is.
     """
-    with held_still(causal_of(model)):
-        causal = causal_of(model)
-        now = heard(causal, pairs)
-        values = {
-            "data.learned_gain": now.gain,
-            "data.learned_gain.errors": now.gain / now.error,
-            "data.overexpected": now.overexpected,
-            "data.row_loss": now.loss,
-        }
-        if has_adapter(causal) and now.loss > base_loss:
-            tried = []
-            for scale in SCALES:
-                with scaled(causal, scale):
-                    tried.append(loss_of(causal, pairs))
-            values["data.rescaled_loss"] = min(tried)
-            values["base.data.rescaled_loss"] = base_loss
+    causal = causal_of(model)
+    said = heard(now, pairs)
+    values = {
+        "data.learned_gain": said.gain,
+        "data.learned_gain.errors": said.gain / said.error,
+        "data.overexpected": said.overexpected,
+        "data.row_loss": said.loss,
+    }
+    if has_adapter(causal) and said.loss > base_loss:
+        tried = []
+        for scale in SCALES:
+            with scaled(causal, scale):
+                tried.append(loss_of(standing(), pairs))
+        values["data.rescaled_loss"] = min(tried)
+        values["base.data.rescaled_loss"] = base_loss
     return values
 
 

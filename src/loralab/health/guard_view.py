@@ -99,7 +99,8 @@ class View:
                 self._subject = None
         values |= self._asked("weights", lambda: self._weights.measure_model(self._model))
         if self._data is not None:
-            values |= self._asked("data", partial(self._data.measure_model, self._model))
+            base = None if self._subject is None else self._subject.base_runner
+            values |= self._asked("data", partial(self._data.measure_model, self._model, base))
         # Last: how many rows there are is known of all, not of those alone that are looked at.
         values |= self._facts | numbers()
         return Reading(step, values, examples, perf_counter() - began)

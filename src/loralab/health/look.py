@@ -9,7 +9,7 @@ forwards, attention, random numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 from loralab.engines.prompts import PromptEncoder
 from loralab.engines.stopping import end_tokens
 from loralab.errors import UserError
-from loralab.health import greedy
-from loralab.health.forced import Forced, Row, batches, compare, run
-from loralab.health.greedy import Completion
+from loralab.health.expecting import RowSet, expected
+from loralab.health.forced import Forced, Row, compare
+from loralab.health.greedy import Completion, complete
 from loralab.health.known_base import KnownBase
+from loralab.health.native_copy import NativeCopy, native_copy, plain_adapter
 from loralab.health.probe import Probe, measure
 from loralab.health.prompts import Prompt, as_prompts
+from loralab.health.runners import ModelRunner, Runner
 from loralab.health.still import base_of, causal_of, has_adapter, held_still
 from loralab.health.text import Answer
 from loralab.tasks.base import Message
@@ -31,6 +33,10 @@ __all__ = ["Completion", "Forced", "Look", "Probe", "Subject", "measure"]
 
 OWN_TOKENS = 32
 """Of each of the model's own completions, from its beginning, that are read back."""
+
+ALIKE = 0.05
+"""Nats a token, KL of the model from the native engine's reading of it, up to which they are one
+model: bf16's rounding makes a thousandth."""
 
 _T = TypeVar("_T")
 
@@ -79,12 +85,15 @@ class Subject:
             raise UserError(f"base is {base!r}; expected a model in memory, None or 'now'")
         self._second = None if self._now else base
         self.has_base = base is not None or has_adapter(self.causal)
-        self._known = KnownBase(self.as_base)
+        self.sets: dict[object, Callable[[Look], RowSet]] = {}
+        """What has been read of a look by name, and comes again at the next."""
+        self._known = KnownBase(ModelRunner(self.causal, self.as_base), self.as_base)
         self._kept: dict[object, Any] = {}
         self._layout: dict[int, bool] = {}
         if self._now:
             _ = self.base_completions
-            self.expect(self.good_rows, base=True, keep=True)
+            good = RowSet(self.good_rows, base=True, keep=True)
+            expected([good], ModelRunner(self.causal, self.as_model), self._known)
             self._known.settle(self.causal)
 
     @property
@@ -170,29 +179,52 @@ class Subject:
 
     def complete(self, base: bool) -> tuple[Completion, ...]:
         """Greedy completions of the prompts by the model as it stands, or by its base."""
-        made = self._native_complete(base)
-        if made is None:
-            with self.as_base() if base else self.as_model() as causal:
-                made = greedy.complete(causal, self.tokenizer, self.requests, self.max_new_tokens)
-        return made
-
-    def _native_complete(self, base: bool) -> tuple[Completion, ...] | None:
-        """None where the model itself has to run."""
-        if self._native is None:
-            return None
-        if base:
-            return self._native.base(self.requests, self.max_new_tokens)
-        state = greedy.plain_adapter(self.model, self.causal)
-        if state is None:
-            return None
-        return self._native.adapted(state, self.requests, self.max_new_tokens)
+        if self._native is not None and (base or self._load_native()):
+            return self._native.complete(self.requests, self.max_new_tokens, base)
+        with self.as_base() if base else self.as_model() as causal:
+            return complete(causal, self.tokenizer, self.requests, self.max_new_tokens)
 
     @cached_property
-    def _native(self) -> greedy.NativeCopy | None:
+    def _native(self) -> NativeCopy | None:
         if self._now or self._second is not None or not self.has_base:
             return None
         with held_still(self.causal):
-            return greedy.native_copy(self.model, self.causal, self.tokenizer)
+            return native_copy(self.model, self.causal, self.tokenizer)
+
+    @cached_property
+    def _native_known(self) -> KnownBase:
+        assert self._native is not None
+        return KnownBase(self._native.base, None)
+
+    def _load_native(self) -> bool:
+        """Whether the native copy has the adapter as it is now."""
+        state = plain_adapter(self.model, self.causal)
+        if self._native is None or state is None:
+            return False
+        self._native.load(state)
+        return True
+
+    def runner(self) -> Runner:
+        """What the model's rows run through as it stands now."""
+        return self.readers()[0]
+
+    def readers(self) -> tuple[Runner, KnownBase]:
+        """What the model's rows run through as it stands now, and its base beside it.
+
+        The native copy reads them where it reads one row as the model itself does: a forward that
+        someone has replaced, or a hook, is not in the copy.
+        """
+        itself = ModelRunner(self.causal, self.as_model)
+        rows = [row for row in self.good_rows if row.answer]
+        if not rows or not self._load_native():
+            return itself, self._known
+        assert self._native is not None
+        row = min(rows, key=lambda row: len(row.ids))
+        copied, own = (by.run([row]).logits for by in (self._native.adapted, itself))
+        apart = compare(row, own.float(), copied).kl.mean()
+        if not apart <= ALIKE:
+            return itself, self._known
+        return self._native.adapted, self._native_known
 
     def as_answers(self, completions: Sequence[Completion]) -> tuple[Answer, ...]:
         """Completions of the prompts, as text statistics take them."""
@@ -208,30 +240,19 @@ class Subject:
             for prompt, made in zip(self.prompts, completions, strict=bool(completions))
         )
 
-    def expect(self, rows: Sequence[Row], base: bool, keep: bool = False) -> Forced:
-        """What the model expects along rows; beside its base where `base`.
-
-        keep: the rows come again, so the base's part is worth keeping.
-        """
-        vocabulary = self.causal.config.get_text_config(decoder=True).vocab_size
-        parts = []
-        for batch in batches(rows, vocabulary):
-            with self.as_model() as causal:
-                logits = run(causal, batch).logits
-            beside = self._known.logits(tuple(batch), keep) if base and self.has_base else None
-            parts.append(compare(batch, logits, beside))
-        return Forced.joined(parts).of_rows_in_order() if parts else Forced.none()
-
     def expect_base(self, rows: Sequence[Row]) -> Forced:
         """What the base expects along rows, in the fields of the model; where there is none or its
         weights were not kept, what the model expects as it is."""
-        vocabulary = self.causal.config.get_text_config(decoder=True).vocab_size
-        alone = self.as_base if self.has_base and not self.only_kept else self.as_model
-        parts = []
-        for batch in batches(rows, vocabulary):
-            with alone() as causal:
-                parts.append(compare(batch, run(causal, batch).logits, None))
-        return Forced.joined(parts).of_rows_in_order() if parts else Forced.none()
+        return expected([RowSet(rows)], self.base_runner())[0]
+
+    def base_runner(self) -> Runner:
+        """What the base's rows run through; the model's where there is none, or no more of it than
+        was kept."""
+        if not self.has_base or self.only_kept:
+            return ModelRunner(self.causal, self.as_model)
+        if self._native is not None:
+            return self._native.base
+        return ModelRunner(self.causal, self.as_base)
 
     def once(self, key: object, make: Callable[[], _T]) -> _T:
         """What a probe (the key) makes of a subject at its first look, and keeps."""
@@ -252,13 +273,14 @@ class Look:
     """One moment of a subject. What is asked for first after the weights have moved is of the
     moved weights: read a look before training goes on.
 
-    seconds: what was made for it, and how long that took, "completions", "good" and "own"; the
-    first look of a subject makes the base's too.
+    seconds: what was made for it, and how long that took, "completions" and "rows"; the first look
+    of a subject makes the base's too.
     """
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.seconds: dict[str, float] = {}
+        self._read: dict[object, Forced] = {}
 
     @cached_property
     def completions(self) -> tuple[Completion, ...]:
@@ -271,17 +293,39 @@ class Look:
         return self.subject.base_completions
 
     @cached_property
+    def readers(self) -> tuple[Runner, KnownBase]:
+        """What rows run through, and the base beside it."""
+        return self.subject.readers()
+
+    def expect(self, name: object, rows: Callable[[Look], RowSet]) -> Forced:
+        """What the model expects along rows, in their order.
+
+        Rows that were asked for by a name are read at later looks together with all others that
+        were: of prompts that they share each runs once.
+        """
+        if name not in self._read:
+            sets = self.subject.sets | {name: rows}
+            self._timed("rows", lambda: self._expect(sets))
+            self.subject.sets = sets
+        return self._read[name]
+
+    def _expect(self, sets: Mapping[object, Callable[[Look], RowSet]]) -> None:
+        runner, known = self.readers
+        base = known if self.subject.has_base else None
+        names = [name for name in sets if name not in self._read]
+        made = expected([sets[name](self) for name in names], runner, base)
+        self._read |= zip(names, made, strict=True)
+
+    @property
     def good(self) -> Forced:
         """Along the prompts' known-good texts and their end tokens."""
-        return self._timed(
-            "good", lambda: self.subject.expect(self.subject.good_rows, base=True, keep=True)
-        )
+        return self.expect("good", _good)
 
-    @cached_property
+    @property
     def own(self) -> Forced:
         """Along the first 32 tokens of the model's own completions; without a base's numbers where
         only the model as it once stood is the base."""
-        return self._timed("own", self._own)
+        return self.expect("own", _own)
 
     def answers(self) -> tuple[Answer, ...]:
         """The completions beside their prompts, as text statistics take them."""
@@ -291,23 +335,28 @@ class Look:
         """As `answers`, of the base; () without one."""
         return self.subject.as_answers(self.base_completions)
 
-    def _own(self) -> Forced:
-        subject = self.subject
-        rows = [
-            subject.row(
-                index,
-                request,
-                made.token_ids[:OWN_TOKENS],
-                made.ended and len(made.token_ids) <= OWN_TOKENS,
-            )
-            for index, (request, made) in enumerate(
-                zip(subject.requests, self.completions, strict=True)
-            )
-        ]
-        return subject.expect(rows, base=not subject.only_kept)
-
     def _timed(self, name: str, make: Callable[[], _T]) -> _T:
         began = time.perf_counter()
         made = make()
-        self.seconds[name] = time.perf_counter() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         return made
+
+
+def _good(look: Look) -> RowSet:
+    return RowSet(look.subject.good_rows, base=True, keep=True)
+
+
+def _own(look: Look) -> RowSet:
+    subject = look.subject
+    rows = [
+        subject.row(
+            index,
+            request,
+            made.token_ids[:OWN_TOKENS],
+            made.ended and len(made.token_ids) <= OWN_TOKENS,
+        )
+        for index, (request, made) in enumerate(
+            zip(subject.requests, look.completions, strict=True)
+        )
+    ]
+    return RowSet(rows, base=not subject.only_kept)

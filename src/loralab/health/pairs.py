@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from loralab.health.forced import Row, batches, run
+from loralab.health.forced import Row, distribution, pieces
+from loralab.health.runners import Runner, by_row
 
 IGNORED = -100
 LEAST = 4
@@ -113,10 +113,11 @@ def pairs_of(
 
 
 @torch.no_grad()
-def heard(causal: Any, pairs: Pairs) -> Heard:
+def heard(runner: Runner, pairs: Pairs) -> Heard:
     """Of a causal language model as it stands."""
-    own, expected = _losses(causal, pairs.own)
-    crossed, _ = _losses(causal, pairs.crossed)
+    count = len(pairs.own)
+    losses, expected = _losses(runner, (*pairs.own, *pairs.crossed), count)
+    own, crossed = losses[:count], losses[count:]
     gains = tuple(b - a for a, b in zip(own, crossed, strict=True))
     tokens = torch.tensor([token for _, answer in pairs.own for token in answer])
     share = torch.bincount(tokens, minlength=len(expected)).float()
@@ -127,9 +128,9 @@ def heard(causal: Any, pairs: Pairs) -> Heard:
 
 
 @torch.no_grad()
-def loss_of(causal: Any, pairs: Pairs) -> float:
+def loss_of(runner: Runner, pairs: Pairs) -> float:
     """Nats a token of the answers behind their own prompts."""
-    return _mean(_losses(causal, pairs.own)[0], pairs)
+    return _mean(_losses(runner, pairs.own, 0)[0], pairs)
 
 
 @contextmanager
@@ -156,18 +157,21 @@ def _mean(losses: Sequence[float], pairs: Pairs) -> float:
     return sum(a * n for a, n in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
-def _losses(model: Any, pairs: Sequence[Pair]) -> tuple[list[float], Tensor]:
+def _losses(runner: Runner, pairs: Sequence[Pair], summed: int) -> tuple[list[float], Tensor]:
     """Mean nats of each answer behind its prompt, and the sum of the distributions (vocabulary,)
-    over all answers' tokens."""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    over all tokens of the first `summed` answers."""
     rows = [Row(at, prompt + answer, len(prompt)) for at, (prompt, answer) in enumerate(pairs)]
-    losses = [nan] * len(pairs)
-    total = torch.zeros(vocabulary)
-    for batch in batches(rows, vocabulary):
-        logits = run(model, batch).logits
-        answers = [pairs[row.prompt][1] for row in batch]
-        for row, here in zip(batch, torch.split(logits, [len(a) for a in answers]), strict=True):
-            answer = torch.tensor(pairs[row.prompt][1], device=here.device)
-            losses[row.prompt] = float(cross_entropy(here.float(), answer))
-            total += here.softmax(-1, dtype=torch.float32).sum(0).cpu()
+    losses, total = [nan] * len(rows), torch.zeros(0)
+    for batch in runner.batches(rows):
+        here = [rows[at] for at in batch]
+        for at, logits in zip(batch, by_row(runner.run(here).logits, here), strict=True):
+            answer = torch.tensor(rows[at].answer, device=logits.device)
+            nats, step = 0.0, pieces(logits)
+            for begin in range(0, len(answer), step):
+                p, log_p = distribution(logits[begin : begin + step])
+                nats -= float(log_p.gather(1, answer[begin : begin + step, None]).sum())
+                if at < summed:
+                    chances = p.sum(0).cpu()
+                    total = chances if not len(total) else total.add_(chances)
+            losses[at] = nats / len(answer)
     return losses, total

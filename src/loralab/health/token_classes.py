@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from loralab.health.expecting import RowSet
 from loralab.health.forced import Forced, Row
 
 if TYPE_CHECKING:
@@ -96,9 +97,11 @@ class TokenClassProbe:
             seen = look.good
         else:
             read = subject.once((self, "rows"), lambda: self._read(subject))
-            seen = subject.expect(read.rows, base=not subject.only_kept, keep=True)
+            rows = RowSet(read.rows, base=not subject.only_kept, keep=True)
+            seen = look.expect((self, "rows"), lambda _: rows)
         classes = subject.once(self, lambda: _classes(subject, read, seen))
-        exchanged = subject.expect(classes.exchanged, base=False)
+        crossed = RowSet(classes.exchanged)
+        exchanged = look.expect((self, "exchanged"), lambda _: crossed)
         values = _by_class("loss", seen.nll, classes.kind)
         values["loss.prompt_gain"] = _gain(exchanged, seen, seen.nll, classes.kind)
         if subject.has_base:
