@@ -219,12 +219,12 @@ def test_the_native_copy_reads_rows_as_the_model_does() -> None:
 def test_a_forward_that_is_not_in_the_copy_is_noticed() -> None:
     model = lora(torch.bfloat16)
     seen = subject(model)
-    assert seen.runner() is seen._native.adapted  # type: ignore[union-attr]
+    assert seen.readers()[0] is seen._native.adapted  # type: ignore[union-attr]
     inner = model.get_base_model().model.layers[0].mlp
     handle = inner.register_forward_hook(lambda module, given, out: -out)
-    assert seen.runner() is not seen._native.adapted  # type: ignore[union-attr]
+    assert seen.readers()[0] is not seen._native.adapted  # type: ignore[union-attr]
     handle.remove()
-    assert seen.runner() is seen._native.adapted  # type: ignore[union-attr]
+    assert seen.readers()[0] is seen._native.adapted  # type: ignore[union-attr]
 
 
 @needs_native

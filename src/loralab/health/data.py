@@ -24,7 +24,7 @@ from loralab.health.runners import ModelRunner, Runner
 from loralab.health.still import base_of, causal_of, has_adapter, held_still
 
 if TYPE_CHECKING:
-    from loralab.health.look import Look
+    from loralab.health.look import Look, Subject
 
 MARKS: Mapping[str, tuple[str, ...]] = {
     "ChatML": ("<|im_start|>",),
@@ -79,6 +79,8 @@ class DataProbe:
 
     rows: what `tokens_of` takes. passes: over the rows, if the training knows them.
     evaluated: by task, texts that must not be learned; documents: the training rows as text.
+    rescaled: whether to try a worsened adapter at other scalings, which costs as much as three
+    looks at the rows and is judged of a finished one alone.
     """
 
     name = "data"
@@ -94,8 +96,10 @@ class DataProbe:
         documents: Sequence[Document] = (),
         evaluated: Mapping[str, Sequence[Document]] | None = None,
         ends: Collection[int] = (),
+        rescaled: bool = True,
     ) -> None:
         self._rows = list(tokens_of(rows))
+        self._rescaled = rescaled
         self._tokenizer = tokenizer
         self._max_length, self._passes, self._ends = max_length, passes, ends
         self._documents, self._evaluated = documents, evaluated
@@ -108,8 +112,9 @@ class DataProbe:
         values = self.measure_model(subject.model, subject.base_runner)
         if self._pairs is not None:
             base_loss = values["base.data.row_loss"]
-            now = look.readers[0]
-            values |= learned_values(subject.model, self._pairs, base_loss, now, subject.runner)
+            values |= learned_values(self._pairs, look.readers[0])
+            if self._rescaled and values["data.row_loss"] > base_loss:
+                values |= rescaled_values(subject, self._pairs, base_loss)
         return values
 
     def measure_model(
@@ -280,38 +285,34 @@ def base_values(
     return values, top
 
 
-def learned_values(
-    model: Any,
-    pairs: Pairs,
-    base_loss: float,
-    now: Runner,
-    standing: Callable[[], Runner],
-) -> dict[str, float]:
+def learned_values(pairs: Pairs, now: Runner) -> dict[str, float]:
     """How a model reads the rows as it is now, beside `base_values`.
 
     data.learned_gain: as pair_gain; .errors as there. data.overexpected: over all tokens but ends,
     the largest mean chance less its share of the targets. data.row_loss: nats a token of the
-    answers; and only where that is over the base's, data.rescaled_loss: the least of it with the
-    adapter at a half to a sixteenth of its scaling.
-
-    now: what runs rows through the model. standing: makes that anew, of the model as it then is.
+    answers.
     """
-    causal = causal_of(model)
     said = heard(now, pairs)
-    values = {
+    return {
         "data.learned_gain": said.gain,
         "data.learned_gain.errors": said.gain / said.error,
         "data.overexpected": said.overexpected,
         "data.row_loss": said.loss,
     }
-    if has_adapter(causal) and said.loss > base_loss:
-        tried = []
-        for scale in SCALES:
-            with scaled(causal, scale):
-                tried.append(loss_of(standing(), pairs))
-        values["data.rescaled_loss"] = min(tried)
-        values["base.data.rescaled_loss"] = base_loss
-    return values
+
+
+def rescaled_values(subject: Subject, pairs: Pairs, base_loss: float) -> dict[str, float]:
+    """data.rescaled_loss: of an adapter that makes its rows unlikelier than the base does, the
+    least nats a token of the answers at a half to a sixteenth of its scaling; {} of no adapter."""
+    if not has_adapter(subject.causal):
+        return {}
+    tried = []
+    for scale in SCALES:
+        with scaled(subject.causal, scale):
+            tried.append(loss_of(subject.readers()[0], pairs))
+    # What a look's rows run through has the adapter as it was last asked for.
+    subject.readers()
+    return {"data.rescaled_loss": min(tried), "base.data.rescaled_loss": base_loss}
 
 
 @contextmanager

@@ -76,7 +76,8 @@ class View:
         if not texts:
             return
         if tokens and self._tokenizer is not None:
-            self._data = DataProbe(tokens, self._tokenizer, getattr(args, "max_length", None))
+            longest = getattr(args, "max_length", None)
+            self._data = DataProbe(tokens, self._tokenizer, longest, rescaled=False)
             self._probes.append(self._data)
         asked = shipped_prompts()[:PROMPTS] if prompts is None else prompts
         self._subject = self._subject_of(asked, base, args.seed, step)

@@ -204,10 +204,6 @@ class Subject:
         self._native.load(state)
         return True
 
-    def runner(self) -> Runner:
-        """What the model's rows run through as it stands now."""
-        return self.readers()[0]
-
     def readers(self) -> tuple[Runner, KnownBase]:
         """What the model's rows run through as it stands now, and its base beside it.
 
