@@ -8,7 +8,7 @@ import pytest
 
 from loralab.health.reading import Reading
 from loralab.health.rules import judge
-from rule_readings import fails, reading
+from rule_readings import SHUFFLED, fails, reading
 
 HEALTHY: dict[str, list[Reading]] = {
     "zero B": [reading(0)],
@@ -183,3 +183,12 @@ def test_a_large_kl_alone_is_nothing_in_training() -> None:
     assert judge([reading(kl=9.0)]) == ()
     assert fails(reading(0, kl=9.0)) == [], "a start far off whose text is as good is a warning"
     assert judge([reading(0, kl=9.0)])[0].rule == "init.garbled"
+
+
+def test_rows_of_line_breaks_are_not_called_shuffled() -> None:
+    """And the same rows are, where they are words."""
+    for share, shuffled in ((0.6, False), (0.1, True)):
+        values = SHUFFLED | {"data.newline_share": share, "train.progress": 1.0}
+        found = {one.rule for one in judge([Reading(at, values, (), 0.1) for at in (25, 50)])}
+        assert ("data.newlines" in found) != shuffled
+        assert ("data.shuffled_learned" in found) == shuffled

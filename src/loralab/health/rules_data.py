@@ -6,11 +6,13 @@ from loralab.health import thresholds as t
 from loralab.health.condition import below_share, if_known, over, over_base, under
 from loralab.health.rule import Rule
 
-# Answers fit another row's prompt as well as their own, says a base that reads its prompts.
+# Answers fit another row's prompt as well as their own, says a base that reads its prompts. What is
+# line breaks for the most part fits any, and has a rule of its own.
 _INTERCHANGEABLE = (
     over("data.shuffled", t.SHUFFLED),
     under("data.pair_gain.errors", t.CHANCE),
     over("base.loss.prompt_gain", t.PROMPT_GAIN_BASE),
+    if_known(under("data.newline_share", t.LINE_BREAKS)),
 )
 
 DATA = (
