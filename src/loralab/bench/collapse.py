@@ -147,12 +147,14 @@ def _train(
         for of in (rows, clean)
     )
     learned = [row for at, row in enumerate(rows) if at % _EACH and row.learned]
-    some = slice(config.evaluation.limit)
-    tried = [
+    usable = [
         (one, row, own)
         for one, row, own in zip(problems[::_EACH], rows[::_EACH], clean[::_EACH], strict=True)
         if own.learned
-    ][some]
+    ]
+    # From all over, as the files stand one behind the other.
+    limit = config.evaluation.limit or len(usable)
+    tried = usable[:: max(1, len(usable) // limit)][:limit]
 
     def look(step: int) -> None:
         asked = [one for one, _, _ in tried]
