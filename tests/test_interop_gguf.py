@@ -148,7 +148,9 @@ def test_round_trip_is_exact(
         factors={name: type(f)(f.A.to(dtype), f.B.to(dtype)) for name, f in drawn.factors.items()},
     )
     write_gguf(state, tmp_path / "a.gguf", base)
-    same(state, read_gguf(tmp_path / "a.gguf", base).state)
+    read = read_gguf(tmp_path / "a.gguf", base).state
+    assert read.factors.keys() == state.factors.keys()
+    same(state, read)
 
 
 def test_reorder_is_llama_cpps_permutation() -> None:
