@@ -61,7 +61,7 @@ class BatchedEngine:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._threads = threads
-        self._backend = _make_backend(model, backend, threads)
+        self.backend = _make_backend(model, backend, threads)
         self._device: torch.device = model.get_input_embeddings().weight.device
         self._memory_gb = memory_gb
         self._encoder = PromptEncoder(tokenizer)
@@ -76,7 +76,7 @@ class BatchedEngine:
     @property
     def kernel(self) -> str:
         """The backend in use, for the run's record: greedy text in bf16 differs between them."""
-        return self._backend.name
+        return self.backend.name
 
     def load(self, adapters: Mapping[str, AdapterState]) -> None:
         """Replace the loaded adapters. Raises UserError for a kind this engine cannot run."""
@@ -87,7 +87,7 @@ class BatchedEngine:
                     f"{', '.join(sorted(self.accepts))} only"
                 )
         self._index = {}
-        self._backend.load(list(adapters.values()))
+        self.backend.load(list(adapters.values()))
         self._index = {name: member for member, name in enumerate(adapters)}
 
     def set_base(self, changes: Mapping[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ class BatchedEngine:
             return
         written = self._base.set(changes)
         self._changes = changes
-        refresh = getattr(self._backend, "refresh_base", None)
+        refresh = getattr(self.backend, "refresh_base", None)
         if refresh is not None:
             refresh(written)
 
@@ -126,7 +126,7 @@ class BatchedEngine:
         budget = cache_budget(self._device, self._memory_gb)
         rows = [self._row(index, request) for index, request in enumerate(requests)]
         for row in rows:
-            row.cost = self._backend.row_bytes(row.total) + self._logits_bytes(row)
+            row.cost = self.backend.row_bytes(row.total) + self._logits_bytes(row)
             if row.completion is None and row.cost > budget:
                 row.fail(
                     f"{row.total} tokens need {row.cost / 1e9:.2f} GB of cache, more than the "
@@ -135,7 +135,7 @@ class BatchedEngine:
         finished = sum(row.completion is not None for row in rows)
         waiting = [row for row in rows if row.completion is None]
         # Waves of a rectangular batch cost as much as their longest row: like goes with like.
-        if not self._backend.joins:
+        if not self.backend.joins:
             waiting.sort(key=lambda row: -row.total)
         else:
             waiting.sort(key=lambda row: row.member)
@@ -187,7 +187,7 @@ class _Run:
 
     def finish(self) -> None:
         """Decode until every row has its completion."""
-        backend = self._engine._backend
+        backend = self._engine.backend
         session = backend.start()
         self._report(0)
         while self._waiting or self._active:
@@ -213,7 +213,7 @@ class _Run:
 
     def _admit(self) -> list[Row]:
         """Take as many waiting rows as memory allows; at least one if nothing is active."""
-        engine, backend, new = self._engine, self._engine._backend, list[Row]()
+        engine, backend, new = self._engine, self._engine.backend, list[Row]()
         if backend.joins:
             used = sum(row.cost for row in self._active)
             # A step that prefills a few rows streams all the weights for them: let rows gather.

@@ -53,7 +53,7 @@ class NativeCopy:
         with base_of(model), _bare(causal):
             self._engine = BatchedEngine(causal, tokenizer, backend="native")
         self.load(state)
-        backend = cast("NativeBackend", self._engine._backend)
+        backend = cast("NativeBackend", self._engine.backend)
         self.base = NativeRunner(backend, BASE)
         self.adapted = NativeRunner(backend, 0)
 
