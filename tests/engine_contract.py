@@ -194,7 +194,7 @@ class EngineContract:
     def test_little_memory_gives_the_same_text(self, case: Case) -> None:
         engine, requests = case.engine(), case.requests()
         plain = engine.generate(requests)
-        row = engine._backend.row_bytes(17 + 1 + 16) + 4 * tiny.VOCABULARY
+        row = engine.backend.row_bytes(17 + 1 + 16) + 4 * tiny.VOCABULARY
         small = case.engine(memory_gb=3.5 * row / 1e9)
         calls: list[tuple[int, int]] = []
         waves = small.generate(requests, lambda done, total: calls.append((done, total)))

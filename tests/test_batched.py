@@ -173,7 +173,7 @@ def test_a_shared_prefix_is_run_once_per_member(kind: str, monkeypatch: pytest.M
     )
     for fixed in (False, True):
         engine = made.engine()
-        engine._backend.fixed = fixed  # type: ignore[attr-defined]
+        engine.backend.fixed = fixed
         tokens.clear()
         made.check(requests, engine.generate(requests))
         prefill = sum(count for count in tokens if count > len(requests))
@@ -207,7 +207,7 @@ def test_columns_never_written_are_never_felt(fixed: bool, monkeypatch: pytest.M
     try:
         assert bool(torch.empty(3).isnan().all())
         engine = made.engine()
-        engine._backend.fixed = fixed  # type: ignore[attr-defined]
+        engine.backend.fixed = fixed
         completions = engine.generate(requests)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -272,7 +272,7 @@ def test_finished_rows_are_squeezed_out(monkeypatch: pytest.MonkeyPatch) -> None
     ]
     for fixed in (False, True):
         engine = made.engine()
-        engine._backend.fixed = fixed  # type: ignore[attr-defined]
+        engine.backend.fixed = fixed
         sizes.clear()
         made.check(requests, engine.generate(requests))
         assert sizes[0] == 24

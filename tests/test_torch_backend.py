@@ -23,7 +23,7 @@ class TestTorchFixedShapes(TestTorch):
 
     def engine(self, model: Any, tokenizer: Any, **options: Any) -> BatchedEngine:
         made = super().engine(model, tokenizer, **options)
-        made._backend.fixed = True  # type: ignore[attr-defined]
+        made.backend.fixed = True
         return made
 
 
