@@ -42,6 +42,7 @@ LABELS: Mapping[str, str] = {
     "data.learned_gain.errors": "what it learned to gain from the rows' prompts, standard errors",
     "data.newline_share": "line breaks among learned tokens",
     "data.pad_is_eos_masked": "rows whose end is masked as padding",
+    "data.padding_learned": "padding that is learned",
     "data.prompted": "rows with a prompt",
     "data.overexpected": "chance it gives one token, over its share of the rows",
     "data.pair_gain.errors": "what the base gains from the rows' prompts, standard errors",

@@ -71,13 +71,15 @@ class View:
         self._data: DataProbe | None = None
         self._failed: set[str] = set()
         self._facts = setup_values(self._model, given.get("optimizer"))
-        self.rows, tokens = training_rows(given.get("train_dataloader"), DATA_ROWS)
+        learned = training_rows(given.get("train_dataloader"), DATA_ROWS)
+        self.rows = learned.count
+        self._facts |= learned.values()
         self._subject: Subject | None = None
         if not texts:
             return
-        if tokens and self._tokenizer is not None:
+        if learned.tokens and self._tokenizer is not None:
             longest = getattr(args, "max_length", None)
-            self._data = DataProbe(tokens, self._tokenizer, longest, rescaled=False)
+            self._data = DataProbe(learned.tokens, self._tokenizer, longest, rescaled=False)
             self._probes.append(self._data)
         asked = shipped_prompts()[:PROMPTS] if prompts is None else prompts
         self._subject = self._subject_of(asked, base, args.seed, step)

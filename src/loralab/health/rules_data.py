@@ -38,6 +38,12 @@ DATA = (
         evidence="direct",
     ),
     Rule(
+        "data.padding_learned",
+        "data.padding_learned",
+        warn=(over("data.padding_learned", t.PADDING),),
+        evidence="direct",
+    ),
+    Rule(
         "data.double_bos",
         "data.double_bos",
         ("template.wrong",),

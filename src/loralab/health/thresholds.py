@@ -151,6 +151,7 @@ ENDLESS_ROWS = Limit(0.9, "answers without an end; text cut into blocks has none
 PROMPTED = Limit(0.5, "rows whose prompt is masked: their answers have an end")
 PAD_IS_END = Limit(0.5, "rows in which masking the padding masks the end")
 MEMORISED_RISE = Limit(0.15, _RECKONED + "nats on content, over the base, beside direct evidence")
+PADDING = Limit(0.0, "of padding; a collator that masks leaves none, one that masks ids, text")
 DOUBLE_START = Limit(0.5, "rows")
 LINE_BREAKS = Limit(0.5, _RECKONED + "of learned tokens; code has 0.1 to 0.2, lists 0.15")
 LINE_BREAKS_SOME = Limit(0.3, _RECKONED + "as before")
