@@ -1,11 +1,15 @@
-"""Made-up records of the fault benchmark, of runs in which nothing is wrong unless said."""
+"""Made-up records of the fault benchmark, of runs in which nothing is wrong unless said, and their
+tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from loralab.bench.faults.items import Item
+from loralab.bench.faults.items import Item, fault_of
+from loralab.bench.faults.judgement import judged
+from loralab.bench.faults.sections import Groups
+from loralab.bench.table import Section
 from loralab.health.reading import Reading
 from loralab.health.rule import Rule
 from loralab.health.rules import RULES
@@ -73,3 +77,29 @@ def item(
 
 def rule(name: str) -> Rule:
     return next(one for one in RULES if one.name == name)
+
+
+def newlines(share: float) -> dict[str, Any]:
+    """Of a run that wrote this share of newlines at step 5."""
+    return record(readings=readings({5: {"text.newlines": share, "base.text.newlines": 0.0}}))
+
+
+def table(section: Section) -> dict[Any, dict[str, Any]]:
+    """Rows by their first cell, cells by column."""
+    return {row[0]: dict(zip(section.columns, row, strict=True)) for row in section.rows}
+
+
+def section(made: Any, heading: str) -> dict[Any, dict[str, Any]]:
+    return table(next(one for one in made.sections if one.heading == heading))
+
+
+def judged_runs(
+    records: Mapping[Item, Mapping[str, Any]], peers: Mapping[str, Any] | None = None
+) -> Groups:
+    """Groups as the page makes them, harm taken for granted."""
+    groups = Groups()
+    for one, row in records.items():
+        fault = fault_of(one.name) if one.kind == "fault" else None
+        made = judged(row, fault, record() if fault else None, peers or {})
+        (groups.healthy if fault is None else groups.harmful)[one] = made
+    return groups

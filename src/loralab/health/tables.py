@@ -37,9 +37,9 @@ def rules_table() -> str:
 def limits_table() -> str:
     """Every limit with where it comes from."""
     return _table(
-        ("limit", "value", "evidence"),
+        ("limit", "value", "healthy, at worst", "evidence"),
         (
-            (f"`{name}`", f"{limit.value:g}", limit.evidence)
+            (f"`{name}`", f"{limit.value:g}", _known(limit.healthy), limit.evidence)
             for name, limit in vars(thresholds).items()
             if isinstance(limit, thresholds.Limit)
         ),
@@ -68,6 +68,10 @@ def filled(page: str) -> str:
         before, rest = page.split(opening)
         page = f"{before}{opening}{make()}{closing}{rest.split(closing)[1]}"
     return page
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _all(conditions: tuple[Condition, ...]) -> str:

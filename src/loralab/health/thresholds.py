@@ -13,10 +13,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limit:
-    """value: what is compared with. evidence: why this and no other."""
+    """value: what is compared with. evidence: why this and no other.
+
+    healthy: the worst that healthy development runs came to where the rule's other conditions held,
+    or the worst of all where these never did (so that it may be beyond a limit that is one of
+    several); None: no run measured it.
+    """
 
     value: float
     evidence: str
+    healthy: float | None = None
 
 
 _RECKONED = "reckoned, not yet measured: "

@@ -48,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.chosen != "development":
             raise UserError("--margins: limits are set on the development set alone")
         from loralab.bench.faults.margins import margins
+        from loralab.bench.faults.reached import section
 
-        print(margins(read(wanted, work, asked, options)[0]).markdown())
+        records = read(wanted, work, asked, options)[0]
+        healthy = {item: row for item, row in records.items() if item.kind != "fault"}
+        print(margins(records).markdown(), section(healthy).markdown(), sep="\n")
         return 0
     if not options.table_only:
         if options.stories is None:
