@@ -86,6 +86,40 @@ class EvolutionConfig(Section):
         return self
 
 
+class ScoringConfig(Section):
+    """Where completions are scored, and when too many cannot be.
+
+    `scoring: null` scores in this process, on a cluster as with the defaults. deadline: seconds for
+    one completion, in `workers` processes that a reward which hangs does not outlive. max_failed:
+    the run stops when more of a generation's completions could not be generated or scored.
+    """
+
+    deadline: float = Field(default=60.0, gt=0)
+    workers: Positive = 1
+    max_failed: Fraction = 1.0
+
+
+class ClusterConfig(Section):
+    """One actor a device, each with its own engine, on the machines of a Ray cluster.
+
+    address: null starts Ray on this machine, "auto" joins the one that runs here, else host:port.
+    actors: null starts as many as fit. pairs_per_unit: antithetic pairs (draws, without pairs) that
+    an actor is handed and generates for at a time: small ones let no actor wait for another, large
+    ones fill a device. A unit's answers depend on it alone, so it cannot change within a run, and
+    the number of actors can. restarts: of one actor that died. start_seconds: how long the run
+    waits while no actor is there at all.
+    """
+
+    name: Literal["ray"] = "ray"
+    address: str | None = Field(default=None, min_length=1)
+    actors: Positive | None = None
+    cpus_per_actor: Positive = 1
+    gpus_per_actor: float = Field(default=0.0, ge=0)
+    pairs_per_unit: Positive = 1
+    restarts: int = Field(default=10, ge=0)
+    start_seconds: float = Field(default=600.0, gt=0)
+
+
 class EvolveConfig(CommonConfig):
     """Evolve a LoRA adapter (or the weights themselves) on a task's reward."""
 
@@ -96,6 +130,8 @@ class EvolveConfig(CommonConfig):
     generation: GenerationConfig = GenerationConfig()
     engine: EngineConfig = EngineConfig()
     guard: GuardConfig | None = GuardConfig()
+    scoring: ScoringConfig | None = None
+    cluster: ClusterConfig | None = None
 
     @model_validator(mode="after")
     def _searchable(self) -> EvolveConfig:
@@ -108,6 +144,8 @@ class EvolveConfig(CommonConfig):
             raise ValueError("another adapter.init than progressive, which needs training steps")
         if self.guard is not None and self.guard.action == "rollback":
             raise ValueError("guard.action: warn or stop; the best point is kept in any case")
+        if self.cluster is not None and self.device == "cuda" and not self.cluster.gpus_per_actor:
+            raise ValueError("cluster.gpus_per_actor above 0 with device: cuda")
         if self.evolution.noise_on == "weights" and adapter.init != InitConfig():
             raise ValueError("no adapter.init with noise_on: weights, which searches W itself")
         return self

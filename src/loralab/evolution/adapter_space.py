@@ -15,7 +15,7 @@ from loralab.adapters.scale import Statistic, sigma_a, sigma_b
 from loralab.adapters.state import AdapterState, Factors
 from loralab.evolution.layout import Floats, Layout
 from loralab.evolution.noise import draw, in_threads, pair_and_sign, pairs
-from loralab.evolution.space import NOISE_KEPT, Centre, Perturbed
+from loralab.evolution.space import NOISE_KEPT, Centre, Perturbed, spread
 
 
 @dataclass(frozen=True)
@@ -61,30 +61,34 @@ class AdapterSpace:
         antithetic: bool,
         sigma_factor: float,
         threads: int,
+        only: Sequence[int] | None = None,
     ) -> Perturbed:
         count, size = pairs(population, antithetic), self.layout.size
-        keep = count * size <= NOISE_KEPT
+        wanted = range(count) if only is None else only
+        signs = 2 if antithetic else 1
+        keep = len(wanted) * size <= NOISE_KEPT
         centre = _cast(master, self.dtype)
         sigmas = {name: sigma * sigma_factor for name, sigma in self.sigmas.items()}
         # Two blocks, given back whole: thousands of small pieces would be left as fragments.
-        noise = np.empty((count, size), dtype=np.float32) if keep else None
-        casts = torch.empty((population, size), dtype=self.dtype)
+        noise = np.empty((len(wanted), size), dtype=np.float32) if keep else None
+        casts = torch.empty((signs * len(wanted), size), dtype=self.dtype)
 
-        def fill_pair(pair: int) -> int:
-            eps = draw(self.layout, seed, generation, pair, None if noise is None else noise[pair])
+        def fill_pair(place: int) -> int:
+            out = None if noise is None else noise[place]
+            eps = draw(self.layout, seed, generation, wanted[place], out)
             offset, same = self.layout.scaled(eps, sigmas), 0
-            for member in (2 * pair, 2 * pair + 1) if antithetic else (pair,):
-                _, sign = pair_and_sign(member, antithetic)
+            for cast in range(signs * place, signs * (place + 1)):
+                _, sign = pair_and_sign(cast, antithetic)
                 moved = master + np.float32(sign) * offset
-                casts[member].copy_(torch.from_numpy(moved))
-                same += int(torch.count_nonzero(casts[member] == centre))
+                casts[cast].copy_(torch.from_numpy(moved))
+                same += int(torch.count_nonzero(casts[cast] == centre))
             return same
 
-        same = sum(in_threads(fill_pair, range(count), threads))
+        same = sum(in_threads(fill_pair, range(len(wanted)), threads))
         return Perturbed(
             centre=Centre(self._state(centre, self._cast_a), self._change),
             members=tuple(self._state(cast, self._cast_a) for cast in casts),
-            noise=None if noise is None else tuple(noise),
+            noise=None if noise is None else spread(noise, wanted, count),
             unchanged_share=same / casts.numel(),
         )
 
@@ -99,8 +103,10 @@ class AdapterSpace:
         term = np.empty_like(total)
         for pair, weight in enumerate(weights):
             if weight != 0:
-                eps = draw(self.layout, seed, generation, pair) if noise is None else noise[pair]
-                np.multiply(eps, np.float32(weight), out=term)
+                kept = None if noise is None else noise[pair]
+                if kept is None or not kept.size:
+                    kept = draw(self.layout, seed, generation, pair)
+                np.multiply(kept, np.float32(weight), out=term)
                 total += term
         return total
 

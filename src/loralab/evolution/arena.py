@@ -1,35 +1,59 @@
-"""Where members meet prompts: one batched decode for a whole population, judged by the task."""
+"""Where members meet prompts: generated for by an engine, judged by the task.
+
+An arena is here (`LocalArena`: one batched decode for a whole population) or on other machines
+(`loralab.evolution.cluster`); the trainer does not know which.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
+import torch
+
+from loralab.adapters.state import AdapterState
 from loralab.config import EvolveConfig
-from loralab.engines.base import Completion, Request
+from loralab.engines.base import Progress
 from loralab.errors import UserError
 from loralab.evolution.events import Generating, OnEvent
-from loralab.evolution.space import Centre, Perturbed
+from loralab.evolution.shaping import Fitness
+from loralab.evolution.space import Centre
+from loralab.evolution.strategy import Population, SearchState, ask
 from loralab.evolution.subsets import fixed_subset, window
 from loralab.evolution.workbench import PopulationEngine
 from loralab.rollouts import Batch, Rollout
 from loralab.tasks.base import Example, Split, Task
 from loralab.timings import Timings
 
+SHOWN_DURING = 8
+"""Held-out answers written down each time; before and after, all of them are."""
+
+
+def shown(generation: int) -> int | None:
+    """How many held-out answers of a generation are written down, None for all of them."""
+    return None if generation == 0 else SHOWN_DURING
+
 
 @dataclass(frozen=True)
 class Answers:
     """What a population answered.
 
+    population: as `ask` gave it; of members that are elsewhere, what `tell` and the log need.
     members: by member, one rollout a prompt. centre: held-out answers of the unperturbed point,
-    () where it was not asked. tokens: generated in all, in `seconds` of generating.
+    () where it was not asked. top: the rollout of a member with the highest reward, the first of
+    equals. tokens: generated in all, in `seconds` of generating. whole: False where the texts of
+    `members`, and those of `centre` that are not shown, are stand-ins, equal where the texts are.
     """
 
+    population: Population
     members: tuple[tuple[Rollout, ...], ...]
     centre: tuple[Rollout, ...]
+    top: Rollout
     tokens: int
     seconds: float
+    whole: bool = True
 
     @property
     def everything(self) -> list[Rollout]:
@@ -41,86 +65,161 @@ class Answers:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
-class Arena:
-    """The engine, the task's examples, and the clock over both."""
+class Arena(Protocol):
+    """Generates and judges for the points of one search."""
 
-    def __init__(
-        self,
-        config: EvolveConfig,
-        task: Task,
-        engine: PopulationEngine,
-        timings: Timings,
-        on_event: OnEvent,
-    ) -> None:
+    def meet(self, state: SearchState, test: bool) -> Answers:
+        """A state's population on its generation's prompts, and if `test` its centre on the
+        held-out ones."""
+        ...
+
+    def advance(self, fitness: Fitness) -> None:
+        """What the generation just met came to, before this process tells its own state."""
+        ...
+
+    def test(self, state: SearchState, saved: AdapterState | None = None) -> tuple[Rollout, ...]:
+        """The held-out answers of a state's centre; of `saved` instead, the adapter that is saved
+        of that state, in the model's dtype on the true base."""
+        ...
+
+    def figures(self) -> Mapping[str, float]:
+        """What the arena adds to the generation's line of metrics."""
+        ...
+
+
+class Examples:
+    """The task's examples, as a search walks through them."""
+
+    def __init__(self, config: EvolveConfig, task: Task) -> None:
         self._config = config
         self._task = task
-        self._engine = engine
-        self._timings = timings
-        self._on_event = on_event
         self._train = task.examples("train")
         if not self._train:
             raise UserError(f"task {task.name!r} has no training examples")
-        test = task.examples("test")
-        chosen = fixed_subset(len(test), config.evolution.test_samples, config.seed)
-        self.held_out = self._batch("test", [test[i] for i in chosen], str(config.seed))
+        self._test = task.examples("test")
+        chosen = fixed_subset(len(self._test), config.evolution.test_samples, config.seed)
+        self.held_out = self._batch("test", [self._test[i] for i in chosen], str(config.seed))
 
     def indices(self, generation: int) -> tuple[int, ...]:
         """Training examples of a generation."""
         return window(generation, self._config.evolution.samples_per_generation, len(self._train))
 
-    def training(self, generation: int) -> Batch:
-        """The prompts of a generation."""
-        examples = [self._train[i] for i in self.indices(generation)]
+    def training(self, generation: int, indices: Sequence[int] | None = None) -> Batch:
+        """The prompts of a generation, or those of these training examples in it."""
+        chosen = self.indices(generation) if indices is None else indices
+        examples = [self._train[i] for i in chosen]
         return self._batch("train", examples, f"{self._config.seed}|{generation}")
-
-    def meet(self, perturbed: Perturbed, batch: Batch, generation: int, test: bool) -> Answers:
-        """Every member on the batch, and if `test` the centre on the held-out prompts with them."""
-        names = [f"g{generation}-m{i}" for i in range(len(perturbed.members))]
-        adapters = dict(zip(names, perturbed.members, strict=True))
-        requests = [request for name in names for request in batch.requests(name)]
-        if test:
-            centre = perturbed.centre.adapter
-            name = None if centre is None else f"g{generation}-centre"
-            if name is not None and centre is not None:
-                adapters[name] = centre
-            requests += self.held_out.requests(name)
-        with self._timings.phase("loading"):
-            self._engine.set_base(perturbed.centre.change or {})
-            self._engine.load(adapters)
-        with self._timings.phase("evaluation"):
-            began = perf_counter()
-            completions = self._generate(requests, generation)
-            seconds = perf_counter() - began
-            size = len(batch.examples)
-            members = tuple(
-                tuple(batch.judge(completions[at * size : (at + 1) * size]))
-                for at in range(len(names))
-            )
-            tested = tuple(self.held_out.judge(completions[len(names) * size :])) if test else ()
-        with self._timings.phase("unloading"):
-            self._engine.load({})
-        return Answers(members, tested, sum(len(c.tokens) for c in completions), seconds)
-
-    def test(self, centre: Centre, generation: int) -> tuple[Rollout, ...]:
-        """The held-out answers of one point."""
-        if not self.held_out.examples:
-            return ()
-        name = None if centre.adapter is None else f"g{generation}-centre"
-        with self._timings.phase("loading"):
-            self._engine.set_base(centre.change or {})
-            if name is not None and centre.adapter is not None:
-                self._engine.load({name: centre.adapter})
-        with self._timings.phase("evaluation"):
-            completions = self._generate(self.held_out.requests(name), generation)
-            rollouts = tuple(self.held_out.judge(completions))
-        with self._timings.phase("unloading"):
-            self._engine.load({})
-        return rollouts
-
-    def _generate(self, requests: Sequence[Request], generation: int) -> list[Completion]:
-        return self._engine.generate(
-            requests, lambda done, of: self._on_event(Generating(generation, done, of))
-        )
 
     def _batch(self, split: Split, examples: Sequence[Example], key: str) -> Batch:
         return Batch(self._task, split, tuple(examples), self._config.generation, key)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One call of the engine. rollouts: of each who was asked, in their order."""
+
+    rollouts: tuple[tuple[Rollout, ...], ...]
+    tokens: int
+    seconds: float
+
+
+def answered(
+    engine: PopulationEngine,
+    timings: Timings,
+    centre: Centre,
+    adapters: Mapping[str, AdapterState],
+    asked: Sequence[tuple[str | None, Batch]],
+    progress: Progress | None = None,
+) -> Answered:
+    """Load adapters on the centre's base weights, generate for all in one batch, and judge.
+
+    asked: the adapter's name (None is the base) and its prompts. The engine holds no adapter
+    afterwards.
+    """
+    requests = [request for name, batch in asked for request in batch.requests(name)]
+    with timings.phase("loading"):
+        engine.set_base(centre.change or {})
+        engine.load(adapters)
+    with timings.phase("evaluation"):
+        began = perf_counter()
+        completions = engine.generate(requests, progress)
+        seconds = perf_counter() - began
+        rollouts, at = [], 0
+        for _, batch in asked:
+            rollouts.append(tuple(batch.judge(completions[at : at + len(batch.examples)])))
+            at += len(batch.examples)
+    with timings.phase("unloading"):
+        engine.load({})
+    return Answered(tuple(rollouts), sum(len(c.tokens) for c in completions), seconds)
+
+
+def member_name(generation: int, member: int) -> str:
+    """An adapter's name, used once in a run: engines cache by it."""
+    return f"g{generation}-m{member}"
+
+
+def centre_name(generation: int) -> str:
+    """The name of a generation's unperturbed adapter."""
+    return f"g{generation}-centre"
+
+
+class LocalArena:
+    """The engine of this process."""
+
+    def __init__(
+        self, examples: Examples, engine: PopulationEngine, timings: Timings, on_event: OnEvent
+    ) -> None:
+        self._examples = examples
+        self._engine = engine
+        self._timings = timings
+        self._on_event = on_event
+
+    def meet(self, state: SearchState, test: bool) -> Answers:
+        generation, held_out = state.generation, self._examples.held_out
+        with self._timings.phase("create_loras"):
+            population = ask(state, threads=torch.get_num_threads())
+        perturbed = population.perturbed
+        batch = self._examples.training(generation)
+        names = [member_name(generation, i) for i in range(len(perturbed.members))]
+        adapters = dict(zip(names, perturbed.members, strict=True))
+        asked: list[tuple[str | None, Batch]] = [(name, batch) for name in names]
+        if test:
+            asked.append((self._put(adapters, perturbed.centre, generation), held_out))
+        done = answered(
+            self._engine, self._timings, perturbed.centre, adapters, asked, self._told(generation)
+        )
+        members = done.rollouts[: len(names)]
+        top = max((r for row in members for r in row), key=lambda rollout: rollout.score.reward)
+        centre = done.rollouts[-1] if test else ()
+        return Answers(population, members, centre, top, done.tokens, done.seconds)
+
+    def advance(self, fitness: Fitness) -> None:
+        """Nobody else has to know."""
+
+    def test(self, state: SearchState, saved: AdapterState | None = None) -> tuple[Rollout, ...]:
+        held_out = self._examples.held_out
+        if not held_out.examples:
+            return ()
+        centre = state.space.centre(state.master) if saved is None else Centre(saved)
+        adapters: dict[str, AdapterState] = {}
+        name = self._put(adapters, centre, state.generation)
+        told = self._told(state.generation)
+        asked = [(name, held_out)]
+        done = answered(self._engine, self._timings, centre, adapters, asked, told)
+        return done.rollouts[0]
+
+    def figures(self) -> Mapping[str, float]:
+        return {}
+
+    def _put(
+        self, adapters: dict[str, AdapterState], centre: Centre, generation: int
+    ) -> str | None:
+        """Put the centre among the adapters; its name, None where it has none."""
+        if centre.adapter is None:
+            return None
+        name = centre_name(generation)
+        adapters[name] = centre.adapter
+        return name
+
+    def _told(self, generation: int) -> Progress:
+        return lambda done, of: self._on_event(Generating(generation, done, of))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from loralab.adapters.state import AdapterState
@@ -31,7 +32,9 @@ class Centre:
 class Perturbed:
     """Members around a centre.
 
-    noise: what was drawn, one entry a pair; None if it was too much to keep.
+    members: of every pair, or of those that `perturb` was asked for.
+    noise: what was drawn, one entry a pair, empty where that pair's was not kept; None if nothing
+        was.
     unchanged_share: share of entries that the cast to the model's dtype leaves as they are at the
         centre, so that the perturbation of them does nothing.
     """
@@ -68,8 +71,13 @@ class Space(Protocol):
         antithetic: bool,
         sigma_factor: float,
         threads: int,
+        only: Sequence[int] | None = None,
     ) -> Perturbed:
-        """Members at master + sign * sigma * sigma_factor * noise."""
+        """Members at master + sign * sigma * sigma_factor * noise.
+
+        only: pairs (draws, if not antithetic) whose members are wanted, ascending; None is all of
+            them. A member is the same to the last bit whichever others are made with it.
+        """
         ...
 
     def ascent(
@@ -79,7 +87,7 @@ class Space(Protocol):
         weights: Sequence[float],
         noise: tuple[Floats, ...] | None,
     ) -> Floats:
-        """sum_pair weights[pair] * noise[pair], in units of sigma; `noise` None draws it again."""
+        """sum_pair weights[pair] * noise[pair], in units of sigma; what `noise` lacks is drawn."""
         ...
 
     def centre(self, master: Floats) -> Centre:
@@ -89,3 +97,10 @@ class Space(Protocol):
     def digest(self, master: Floats) -> str:
         """Hex digest of the exact fp32 point."""
         ...
+
+
+def spread(noise: Iterable[Floats], drawn: Sequence[int], pairs: int) -> tuple[Floats, ...]:
+    """One entry a pair: the noise of those drawn, and nothing for the others."""
+    nothing = np.empty(0, dtype=np.float32)
+    of_pair = dict(zip(drawn, noise, strict=True))
+    return tuple(of_pair.get(pair, nothing) for pair in range(pairs))

@@ -11,11 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from time import perf_counter
 
-import torch
-
 from loralab import tasks
 from loralab.config import EvolveConfig
-from loralab.evolution.arena import Arena
+from loralab.evolution.arena import Arena, Examples, LocalArena, shown
 from loralab.evolution.events import Finished, Notice, OnEvent, Started, ignore
 from loralab.evolution.guarded import SearchGuard
 from loralab.evolution.journal import Entry, HeldOut
@@ -29,17 +27,13 @@ from loralab.evolution.measures import (
 from loralab.evolution.opening import Best, better, open_search
 from loralab.evolution.outputs import cast_adapter, log_truncation, save_merged, save_point
 from loralab.evolution.shaping import mean_over_prompts
-from loralab.evolution.space import Centre
-from loralab.evolution.strategy import SearchState, ask, tell
+from loralab.evolution.strategy import SearchState, tell
 from loralab.evolution.workbench import Open, Workbench, open_batched
 from loralab.health.population import generation_shares
 from loralab.interrupt import Interrupt
 from loralab.rollouts import completion_rows
 from loralab.run import Run
 from loralab.timings import Timings
-
-SHOWN_DURING = 8
-"""Held-out answers written down each time; before and after, all of them are."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +79,10 @@ def evolve(
         with timings.phase("server_launch"):
             bench = open_workbench(config)
         run.note(kernel=bench.engine.kernel)
-        arena = Arena(config, task, bench.engine, timings, on_event)
+        examples = Examples(config, task)
         search = open_search(config, run, task, bench, timings, on_event)
         state, journal, best, start = search.state, search.journal, search.best, search.start
+        arena: Arena = LocalArena(examples, bench.engine, timings, on_event)
         guard = SearchGuard(config, run, bench, state.space, on_event)
         guard.resume(state.generation)
         on_event(
@@ -97,7 +92,7 @@ def evolve(
                 kernel=bench.engine.kernel,
                 generations=options.generations,
                 members=options.population,
-                prompts=len(arena.indices(0)),
+                prompts=len(examples.indices(0)),
                 resumed_at=state.generation or None,
             )
         )
@@ -107,46 +102,47 @@ def evolve(
             if guard.stopping:
                 break
             began, generation = perf_counter(), state.generation
-            batch = arena.training(generation)
-            testing = bool(arena.held_out.examples) and generation % options.eval_every == 0
+            testing = bool(examples.held_out.examples) and generation % options.eval_every == 0
 
-            with timings.phase("create_loras"):
-                population = ask(state, threads=torch.get_num_threads())
-            answers = arena.meet(population.perturbed, batch, generation, testing)
+            answers = arena.meet(state, testing)
             with timings.phase("es_update"):
                 rewards = reward_table(answers.members)
                 means = tuple(mean_over_prompts(rewards))
                 by_prompt = tuple(map(tuple, rewards.tolist()))
                 fitness = by_prompt if options.per_prompt_baseline else means
-                after = tell(state, population, fitness)
+                arena.advance(fitness)
+                after = tell(state, answers.population, fitness)
                 digest = after.space.digest(after.master)
 
             held_out = score_of(answers.centre)
             if held_out is not None:
                 start = start or held_out
-                best = better(best, state, held_out, answers.centre)
+                kept = answers.centre if answers.whole else None
+                best = better(best, state, held_out, kept)
                 if best.state is state and options.noise_on != "weights":
                     save_point(state, config, run.adapter)
 
             seconds = perf_counter() - began
             seconds_here.append(seconds)
-            row = generation_row(state, after, population, answers, means, seconds)
+            row = generation_row(state, after, answers.population, answers, means, seconds)
             row |= held_out_row(held_out, answers.centre, best)
             texts = [[rollout.text for rollout in member] for member in answers.members]
             row |= generation_shares(by_prompt, texts, options.antithetic)
-            top = max(answers.everything, key=lambda rollout: rollout.score.reward)
-            shown = answers.centre if generation == 0 else answers.centre[:SHOWN_DURING]
+            row |= arena.figures()
+            top, tested = answers.top, answers.centre[: shown(generation)]
             phase = "before" if generation == 0 else "during"
             run.log_completions(
-                completion_rows(batch, [top], generation, "during")
-                + completion_rows(arena.held_out, shown, generation, phase)
+                completion_rows(examples.training(generation), [top], generation, "during")
+                + completion_rows(examples.held_out, tested, generation, phase)
             )
             run.log_metrics(row)
             timings.save(run.timings_path)
-            journal.append(Entry(generation, arena.indices(generation), fitness, digest, held_out))
+            journal.append(
+                Entry(generation, examples.indices(generation), fitness, digest, held_out)
+            )
             state = after
             guard.after(row)
-            del population, answers  # or two generations' members would be held at once
+            del answers  # or two generations' members would be held at once
             time_left = fmean(seconds_here) * (options.generations - state.generation)
             on_event(generation_done(row, options.generations, top, best, time_left))
 
@@ -154,7 +150,7 @@ def evolve(
         final = None
         if complete:
             guard.end(state)
-            last = arena.test(state.space.centre(state.master), state.generation)
+            last = arena.test(state)
             final = score_of(last)
             if final is not None:
                 best = better(best, state, final, last)
@@ -162,7 +158,7 @@ def evolve(
                 run.log_metrics({"generation": state.generation, **row})
         error = None
         if complete:
-            error = _finish(config, run, bench, arena, state, best)
+            error = _finish(config, run, bench, examples, arena, state, best)
         elif best is None and options.noise_on != "weights":
             save_point(state, config, run.adapter)
         digest = state.space.digest(state.master)
@@ -185,6 +181,7 @@ def _finish(
     config: EvolveConfig,
     run: Run,
     bench: Workbench,
+    examples: Examples,
     arena: Arena,
     state: SearchState,
     best: Best | None,
@@ -195,16 +192,16 @@ def _finish(
     relative error is returned. The last change can be had by replay.
     """
     kept = state if best is None else best.state
-    if arena.held_out.examples:
+    if examples.held_out.examples:
         answers = None if best is None else best.rollouts
-        if answers is None:  # measured before a resume
-            answers = arena.test(kept.space.centre(kept.master), kept.generation)
-        run.log_completions(completion_rows(arena.held_out, answers, kept.generation, "after"))
+        if answers is None:  # measured before a resume, or without all its texts
+            answers = arena.test(kept)
+        run.log_completions(completion_rows(examples.held_out, answers, kept.generation, "after"))
     adapter, truncation = save_point(kept, config, run.adapter)
     if truncation is None:
         save_point(state, config, run.checkpoints / "final")
         return None
     save_merged(kept, bench, run.path / "merged")
-    centre = Centre(cast_adapter(adapter, next(iter(bench.weights.values())).dtype))
-    log_truncation(truncation, score_of(arena.test(centre, kept.generation)), config, run)
+    saved = cast_adapter(adapter, next(iter(bench.weights.values())).dtype)
+    log_truncation(truncation, score_of(arena.test(kept, saved)), config, run)
     return truncation.total

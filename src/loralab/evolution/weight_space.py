@@ -21,7 +21,7 @@ from torch import Tensor
 from loralab.adapters.state import AdapterState, Factors
 from loralab.evolution.layout import Floats, Layout
 from loralab.evolution.noise import draw, in_threads, pair_and_sign, pairs
-from loralab.evolution.space import NOISE_KEPT, Centre, Perturbed
+from loralab.evolution.space import NOISE_KEPT, Centre, Perturbed, spread
 
 ROWS_COMPARED = 4
 """Rows of each W on which `unchanged_share` is measured; all of them would cost a pass over W."""
@@ -68,16 +68,14 @@ class WeightSpace:
         antithetic: bool,
         sigma_factor: float,
         threads: int,
+        only: Sequence[int] | None = None,
     ) -> Perturbed:
         count = pairs(population, antithetic)
-        noise = tuple(
-            in_threads(
-                lambda pair: draw(self.factors, seed, generation, pair), range(count), threads
-            )
-        )
+        wanted = range(count) if only is None else only
+        noise = in_threads(lambda pair: draw(self.factors, seed, generation, pair), wanted, threads)
         members = []
         f_of_pair: dict[int, dict[str, Tensor]] = {}
-        for member in range(population):
+        for member in range((2 if antithetic else 1) * len(wanted)):
             pair, sign = pair_and_sign(member, antithetic)
             tensors = self.factors.tensors(torch.from_numpy(noise[pair]))
             # Both members of a pair hold the same F, as one object.
@@ -92,7 +90,9 @@ class WeightSpace:
         return Perturbed(
             centre=self.centre(master),
             members=tuple(members),
-            noise=noise if count * self.factors.size <= NOISE_KEPT else None,
+            noise=spread(noise, wanted, count)
+            if len(wanted) * self.factors.size <= NOISE_KEPT
+            else None,
             unchanged_share=self._unchanged_share(master, members[0]),
         )
 
@@ -103,10 +103,13 @@ class WeightSpace:
         weights: Sequence[float],
         noise: tuple[Floats, ...] | None,
     ) -> Floats:
-        if noise is None:
-            noise = tuple(draw(self.factors, seed, generation, p) for p in range(len(weights)))
         shares = [weight / sqrt(self.noise_rank) for weight in weights]
-        drawn = [self.factors.tensors(torch.from_numpy(eps)) for eps in noise]
+        drawn = []
+        for pair in range(len(weights)):
+            kept = None if noise is None else noise[pair]
+            if kept is None or not kept.size:
+                kept = draw(self.factors, seed, generation, pair)
+            drawn.append(self.factors.tensors(torch.from_numpy(kept)))
         total = np.empty(self.layout.size, dtype=np.float32)
         for name, into in self.layout.tensors(torch.from_numpy(total)).items():
             e = torch.cat(
