@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from math import isfinite
 from typing import Any
 
 from loralab.config import GenerationConfig
 from loralab.engines.base import Completion, Request, Sampling
+from loralab.errors import UserError
+from loralab.scoring import Scorer, scored
 from loralab.tasks.base import Example, Prompt, Score, Split, Task
 
 
@@ -30,7 +31,8 @@ class Rollout:
 class Batch:
     """Prompts of one split, the same for every member that answers them.
 
-    key: what sampling seeds come from, besides the example.
+    key: what sampling seeds come from, besides the example. scorer: of the same task, which scores
+    in processes of its own; None scores here.
     """
 
     task: Task
@@ -38,6 +40,7 @@ class Batch:
     examples: tuple[Example, ...]
     settings: GenerationConfig
     key: str
+    scorer: Scorer | None = None
 
     def requests(self, adapter: str | None) -> list[Request]:
         """One request an example.
@@ -63,21 +66,63 @@ class Batch:
         ]
 
     def judge(self, completions: Sequence[Completion]) -> list[Rollout]:
-        """Score completions that answer `requests`, in their order."""
-        return [
-            judge(self.task, example, completion)
-            for example, completion in zip(self.examples, completions, strict=True)
-        ]
+        """Score completions that answer `requests`, in their order; or those of several adapters,
+        one adapter's after the other's, which a scorer then shares out among its processes."""
+        rounds = len(completions) // len(self.examples) if self.examples else 0
+        pairs = list(zip(self.examples * rounds, completions, strict=True))
+        if self.scorer is None:
+            return [judge(self.task, example, completion) for example, completion in pairs]
+        sound = [pair for pair in pairs if pair[1].finish_reason != "error"]
+        asked = [(self.split, example.id, completion.text) for example, completion in sound]
+        scores = iter(self.scorer.score(asked))
+        rollouts = []
+        for example, completion in pairs:
+            score = next(scores) if completion.finish_reason != "error" else _why(completion)
+            empty = self.scorer.empty(self.split, example) if isinstance(score, str) else None
+            rollouts.append(_rollout(self.task, example, completion, score, empty))
+        return rollouts
 
 
 def judge(task: Task, example: Example, completion: Completion) -> Rollout:
     """Score one completion; what cannot be generated or scored gets the task's reward floor."""
-    score: Score | str = completion.error or "no completion"
+    score: Score | str = _why(completion)
     if completion.finish_reason != "error":
-        score = _scored(task, example, completion.text)
+        score = scored(task, example, completion.text)
+    empty = scored(task, example, "") if isinstance(score, str) else None
+    return _rollout(task, example, completion, score, empty)
+
+
+def refuse_failures(rollouts: Sequence[Rollout], most: float, when: str) -> None:
+    """Stop where rewards say too little to go on with.
+
+    most: share of rollouts that may have failed. when: what they are of, as a message names it.
+
+    Raises:
+        UserError: more failed.
+    """
+    failed = [rollout.failed for rollout in rollouts if rollout.failed is not None]
+    if len(failed) > most * len(rollouts):
+        raise UserError(
+            f"{when}: {len(failed)} of {len(rollouts)} completions could not be scored, more than "
+            f"scoring.max_failed {most:g} allows; the first: {failed[0]}; mend the task, then "
+            "continue with --resume"
+        )
+
+
+def _why(completion: Completion) -> str:
+    return completion.error or "no completion"
+
+
+def _rollout(
+    task: Task,
+    example: Example,
+    completion: Completion,
+    score: Score | str,
+    empty: Score | str | None,
+) -> Rollout:
+    """empty: what the example's empty answer scores, where there is no score."""
     failed = score if isinstance(score, str) else None
     if isinstance(score, str):
-        empty = _scored(task, example, "")
         score = Score(task.reward_floor, correct=False)
         if isinstance(empty, Score):
             # A task that calls no answer right or wrong does not call a failure wrong either.
@@ -85,15 +130,6 @@ def judge(task: Task, example: Example, completion: Completion) -> Rollout:
             score = replace(score, correct=correct, parts=empty.parts)
     prompt = task.prompt(example)
     return Rollout(example, prompt, completion.text, len(completion.tokens), score, failed)
-
-
-def _scored(task: Task, example: Example, text: str) -> Score | str:
-    """What the task makes of a text, or why it can make nothing of it."""
-    try:
-        score = task.score(example, text)
-        return score if isfinite(score.reward) else f"task {task.name}: reward is {score.reward}"
-    except Exception as error:  # a task is other people's code, and a run is long
-        return f"task {task.name}: {type(error).__name__}: {error}"
 
 
 def share_correct(rollouts: Sequence[Rollout]) -> float | None:
