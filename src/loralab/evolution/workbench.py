@@ -37,12 +37,14 @@ class Workbench:
     weights: (out, in) of each module searched, as the engine found them.
     save_model: writes the model with the base weights as the engine holds them now.
     initialise: makes the start that `adapter.init` asks for.
+    close: ends what the engine started (a server, an actor); nothing to do in this process.
     """
 
     engine: PopulationEngine
     weights: Mapping[str, Tensor]
     save_model: Callable[[Path], None]
     initialise: Initialise = initialised
+    close: Callable[[], None] = lambda: None
 
 
 Open = Callable[[EvolveConfig], Workbench]
