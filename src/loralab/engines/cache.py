@@ -7,19 +7,24 @@ buffers are written in place and never grow; rows that have finished are squeeze
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
 
 from loralab.errors import UserError
+
+
+# Transformers before 5.20 leaves layers without a cache out.
+_EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def measure_layers(template: DynamicCache, model_name: str) -> list[LayerShape |
     """
     shapes: list[LayerShape | None] = []
     for layer in template.layers:
-        if isinstance(layer, DummyLayer):
+        if isinstance(layer, _EMPTY):
             shapes.append(None)
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             keys, values = layer.keys, layer.values
@@ -163,7 +168,7 @@ class PopulationCache(Cache):  # type: ignore[misc]
         self.cursor = Cursor()
         super().__init__(
             layers=[
-                DummyLayer() if s is None else PopulationLayer(s, rows, columns, self.cursor)
+                _EMPTY() if s is None else PopulationLayer(s, rows, columns, self.cursor)
                 for s in shapes
             ]
         )
