@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | bench: each installs what it needs first.
+# make demo | test | test-all | test-vllm | lint | bench: each installs what it needs first.
 PYTHON ?= python3
 DATA ?= ../shared/data
 VENV := .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := install
-.PHONY: install demo test test-all lint bench
+.PHONY: install demo test test-all test-vllm lint bench
 
 install: $(STAMP)
 
@@ -33,6 +33,21 @@ test: install
 
 test-all: install
 	$(PYTEST)
+
+# The real vLLM, on the CPU, in an environment of its own: it pins older packages than ours, and its
+# file lists every one of them, so that nothing is resolved.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+$(VLLM)/.installed: constraints-vllm.txt pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM_PIP) --constraint constraints-vllm.txt setuptools
+	$(VLLM_PIP) --no-build-isolation --requirement constraints-vllm.txt
+	$(VLLM_PIP) --no-build-isolation --editable .
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_*.py
 
 lint: install
 	$(BIN)/ruff check

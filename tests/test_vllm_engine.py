@@ -11,9 +11,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 import tiny
+from loralab.adapters.state import AdapterState, Factors
+from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
 from loralab.engines.vllm import VllmEngine
-from loralab.engines.vllm_start import Options
+from loralab.engines.vllm_members import MEMORY
+from loralab.engines.vllm_start import Options, check_device
+from loralab.errors import UserError
 from serving_contract import (
     ServingContract,
     Subject,
@@ -63,3 +67,89 @@ class TestVllm(ServingContract):
             reference=BatchedEngine(model, tiny.tokenizer(), backend="torch", threads=1),
         )
         engine.close()
+
+    def test_a_member_whose_logits_overflow_fails_alone(self, subject: Subject) -> None:
+        requests = subject.requests()
+        plain = subject.generate(requests)
+        name, state = list(subject.adapters.items())[1]
+        # Each number is finite; what they make of a hidden state is not.
+        wild = {m: Factors(f.A, f.B * 1e30) for m, f in state.factors.items()}
+        subject.engine.load({**subject.adapters, name: AdapterState(wild, state.scaling)})
+        for _ in range(2):
+            done = subject.engine.generate(requests)
+            for request, before, after in zip(requests, plain, done, strict=True):
+                if request.adapter == name:
+                    assert (after.finish_reason, after.text, after.tokens) == ("error", "", ())
+                    assert after.error == f"adapter {name!r}: logits are NaN"
+                else:
+                    assert after == before
+        assert subject.generate(requests) == plain
+
+    def test_no_more_members_are_in_vllm_than_there_are_places(
+        self, subject: Subject, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = subject.engine
+        assert isinstance(engine, VllmEngine)
+        core, held, names = engine._core, list[int](), list[tuple[str, int]]()
+        add = core.add_lora
+
+        def watched(request: Any) -> Any:
+            # What it replaces is gone, and its own file is there to be read.
+            assert (Path(request.lora_path) / "adapter_model.safetensors").is_file()
+            done = add(request)
+            held.append(len(core.list_loras()))
+            names.append((request.lora_name, request.lora_int_id))
+            return done
+
+        monkeypatch.setattr(core, "add_lora", watched)
+        for _ in range(2):
+            subject.texts(subject.requests())
+        assert max(held) == OPTIONS.max_loras < len(subject.adapters)
+        assert len(held) == 2 * len(subject.adapters)
+        assert len({n for n, _ in names}) == len({i for _, i in names}) == len(names)
+        assert not list(MEMORY.glob("loralab-member-*"))
+        engine.load({})
+        assert not core.list_loras()
+
+    def test_a_member_stays_while_there_is_room(
+        self, subject: Subject, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = subject.engine
+        assert isinstance(engine, VllmEngine)
+        engine.load({name: subject.adapters[name] for name in ("m0", "m1")})
+        asked = [Request(p, n, Sampling(3)) for n in ("m0", "m1") for p in subject.prompts]
+        first = engine.generate(asked)
+        monkeypatch.setattr(engine._core, "add_lora", None)
+        assert engine.generate(asked[::-1])[::-1] == first
+
+    def test_what_it_cannot_do_is_said(self, subject: Subject) -> None:
+        engine = subject.engine
+        assert isinstance(engine, VllmEngine)
+        engine.set_base({})
+        with pytest.raises(UserError, match="cannot move base weights"):
+            engine.set_base({"model.layers.0.mlp.up_proj": torch.ones(88, 64)})
+        with pytest.raises(UserError, match=r"temperature is 2\.5"):
+            engine.generate([Request("ab", None, Sampling(2, temperature=2.5))])
+        state = tiny.adapter(
+            tiny.model("llama"), seed=1, rank=9, names=["model.layers.0.mlp.up_proj"]
+        )
+        with pytest.raises(UserError, match="adapter 'wide' has rank 9"):
+            engine.load({"wide": state})
+        with pytest.raises(UserError, match="runs on c"):
+            check_device("cuda" if "CPU" in engine.kernel else "cpu")
+
+    def test_the_kernel_names_version_dtype_and_device(self, subject: Subject) -> None:
+        import vllm
+
+        assert isinstance(subject.engine, VllmEngine)
+        kernel = subject.engine.kernel
+        assert kernel.startswith(f"vllm {vllm.__version__} float32 on ")
+        assert not kernel.endswith(" ")
+
+
+def test_a_model_that_vllm_does_not_start_on_is_one_line(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    too_long = Options(max_rank=8, context=10**6)
+    with pytest.raises(UserError, match=r"vLLM .* does not start on") as caught:
+        VllmEngine(str(tmp_path), "float32", too_long)
+    assert "\n" not in str(caught.value)

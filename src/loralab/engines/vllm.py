@@ -6,7 +6,6 @@ prompt becomes tokens, when a completion ends, what its text is, and which error
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +16,11 @@ from torch import Tensor
 from loralab.adapters.state import AdapterState
 from loralab.adapters.targets import linear_weights
 from loralab.engines.backend import BASE
-from loralab.engines.base import Completion, Progress, Request, Sampling
+from loralab.engines.base import Completion, Progress, Request
 from loralab.engines.prompts import PromptEncoder
 from loralab.engines.stopping import Decoder, Row, end_tokens
-from loralab.engines.vllm_members import Finite, MemberFiles, allowed_rank, check_shapes
+from loralab.engines.vllm_flight import Flight, first_line
+from loralab.engines.vllm_members import Finite, MemberPlaces, allowed_rank, check_shapes
 from loralab.engines.vllm_start import Options, device_name, import_vllm, start
 from loralab.errors import UserError
 from loralab.models.load import DTYPES, locate
@@ -68,11 +68,9 @@ class VllmEngine:
         self.kernel = f"vllm {vllm.__version__} {dtype} on {f'{shared} x ' * (shared > 1)}" + (
             device_name()
         )
-        self._files = MemberFiles()
-        self._states: dict[str, AdapterState] = {}
+        self._core = self._llm.llm_engine
+        self._places = MemberPlaces(self._core, self._options.max_loras)
         self._sick: dict[str, str] = {}
-        self._held: dict[str, Any] = {}
-        self._asked = 0
 
     def load(self, adapters: Mapping[str, AdapterState]) -> None:
         """Replace the loaded adapters. Raises UserError, before anything changes, for one that
@@ -86,9 +84,7 @@ class VllmEngine:
             check_shapes(name, state, self._shapes, self._rank)
         finite = Finite(self._dtype)
         complaints = {name: finite.complaint(state) for name, state in adapters.items()}
-        for name in list(self._held):
-            self._let_go(name)
-        self._states = dict(adapters)
+        self._places.load(adapters)
         self._sick = {name: why for name, why in complaints.items() if why is not None}
 
     def set_base(self, changes: Mapping[str, Tensor]) -> None:
@@ -111,8 +107,8 @@ class VllmEngine:
                 requests in flight out of vLLM, which is ready for the next call.
         """
         for request in requests:
-            if request.adapter is not None and request.adapter not in self._states:
-                known = ", ".join(list(self._states)[:8]) or "none"
+            if request.adapter is not None and request.adapter not in self._places.states:
+                known = ", ".join(list(self._places.states)[:8]) or "none"
                 raise UserError(
                     f"adapter {request.adapter!r} is not loaded (loaded: {known}): call load first"
                 )
@@ -122,15 +118,15 @@ class VllmEngine:
                     f"{HOTTEST:g} at most; lower generation.temperature or use engine.name: batched"
                 )
         rows = [self._row(index, request) for index, request in enumerate(requests)]
-        self._llm.llm_engine.reset_prefix_cache()
-        _Flight(self, rows, [request.adapter for request in requests], progress).finish()
+        self._core.reset_prefix_cache()
+        adapters = [request.adapter for request in requests]
+        Flight(self._core, self._places, self._decoder, rows, adapters, progress).finish()
         return [_named(row, request) for row, request in zip(rows, requests, strict=True)]
 
     def close(self) -> None:
         """Give back vLLM's memory and remove every file."""
-        self._held, self._states = {}, {}
-        self._files.close()
-        self._llm.llm_engine.engine_core.shutdown()
+        self._places.close()
+        self._core.engine_core.shutdown()
 
     def _row(self, index: int, request: Request) -> Row:
         prompt = self._encoder.encode(request.prompt)
@@ -147,156 +143,6 @@ class VllmEngine:
             )
         return row
 
-    def _hold(self, name: str, busy: Mapping[str, int]) -> None:
-        """Have vLLM hold a member, in place of one that no request in flight needs."""
-        if name in self._held:
-            return
-        if len(self._held) >= self._options.max_loras:
-            self._let_go(next(held for held in self._held if not busy[held]))
-        from vllm.lora.request import LoRARequest
-
-        number, folder = self._files.write(self._states[name])
-        try:
-            lora = LoRARequest(f"loralab-{number}", number, str(folder))
-            self._llm.llm_engine.add_lora(lora)
-            self._held[name] = lora
-        finally:
-            self._files.remove(folder)
-
-    def _let_go(self, name: str) -> None:
-        self._llm.llm_engine.remove_lora(self._held.pop(name).lora_int_id)
-
-    def _add(self, row: Row, adapter: str | None) -> str:
-        """Hand a row to vLLM; the id it goes by there."""
-        from vllm.inputs import tokens_input
-
-        self._asked += 1
-        self._llm.llm_engine.add_request(
-            str(self._asked),
-            tokens_input(row.prompt),
-            _parameters(row, self._decoder),
-            lora_request=None if adapter is None else self._held[adapter],
-        )
-        return str(self._asked)
-
-
-class _Flight:
-    """One call of `generate`: members waiting for a place, and requests in vLLM."""
-
-    def __init__(
-        self,
-        engine: VllmEngine,
-        rows: Sequence[Row],
-        adapters: Sequence[str | None],
-        progress: Progress | None,
-    ) -> None:
-        self._engine = engine
-        self._core = engine._llm.llm_engine
-        groups: dict[str | None, list[Row]] = {}
-        for row, adapter in zip(rows, adapters, strict=True):
-            if row.completion is None:
-                groups.setdefault(adapter, []).append(row)
-        # The base needs no place: it need not wait for one.
-        self._waiting = deque(sorted(groups.items(), key=lambda group: group[0] is not None))
-        self._flying: dict[str, tuple[Row, str | None]] = {}
-        self._busy: Counter[str] = Counter()
-        self._total = len(rows)
-        self._finished = sum(row.completion is not None for row in rows)
-        self._progress = progress
-
-    def finish(self) -> None:
-        """Step vLLM until every row has its completion."""
-        try:
-            self._report()
-            while self._waiting or self._flying:
-                before = self._finished
-                self._admit()
-                for output in self._core.step():
-                    self._take(output)
-                if self._finished > before:
-                    self._report()
-        finally:
-            self._core.abort_request(list(self._flying))
-
-    def _admit(self) -> None:
-        """Let members in as far as there are places."""
-        while self._waiting:
-            adapter, rows = self._waiting[0]
-            if adapter is not None:
-                if len(+self._busy) >= self._engine._options.max_loras:
-                    return
-                try:
-                    self._engine._hold(adapter, self._busy)
-                except ValueError as error:
-                    for row in rows:
-                        self._end(row, f"vLLM does not load it: {_first_line(error)}")
-                    self._waiting.popleft()
-                    continue
-            self._waiting.popleft()
-            for row in rows:
-                self._let_in(row, adapter)
-
-    def _let_in(self, row: Row, adapter: str | None) -> None:
-        try:
-            number = self._engine._add(row, adapter)
-        except ValueError as error:
-            self._end(row, f"vLLM refuses it: {_first_line(error)}")
-            return
-        self._flying[number] = row, adapter
-        if adapter is not None:
-            self._busy[adapter] += 1
-
-    def _take(self, output: Any) -> None:
-        """Tokens of one request, all of them or since the last step."""
-        if output.request_id not in self._flying:
-            return
-        row, adapter = self._flying[output.request_id]
-        made = output.outputs[0]
-        if output.metrics is not None and output.metrics.is_corrupted:
-            row.tokens.clear()  # which of them came before the NaN is not told
-            row.fail("logits are NaN")
-        for token in made.token_ids:
-            if row.completion is None:
-                row.accept(token)
-        if row.completion is None and output.finished:
-            row.fail(f"vLLM ended it after {len(row.tokens)} tokens: {made.finish_reason}")
-        if row.completion is None:
-            return
-        if not output.finished:
-            self._core.abort_request([output.request_id])
-        del self._flying[output.request_id]
-        if adapter is not None:
-            self._busy[adapter] -= 1
-        self._finished += 1
-
-    def _end(self, row: Row, why: str) -> None:
-        row.fail(why)
-        self._finished += 1
-
-    def _report(self) -> None:
-        if self._progress is not None and self._finished:
-            self._progress(self._finished, self._total)
-
-
-def _parameters(row: Row, decoder: Decoder) -> Any:
-    """vLLM's parameters of a row, which ends at our end tokens and at the strings we look for."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling: Sampling = row.sampling
-    stops = any(sampling.stop)
-    return SamplingParams(
-        max_tokens=row.limit,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        # -1 would mean none; torch takes 64 bits.
-        seed=sampling.seed % 2**63,
-        stop_token_ids=sorted(decoder.ends_for(sampling.stop)),
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA if stops else RequestOutputKind.FINAL_ONLY,
-    )
-
 
 def _described(source: str) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
     """Config, generation config (None without one), and (out, in) of the linear modules."""
@@ -307,16 +153,12 @@ def _described(source: str) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {source!r}: {_first_line(error)}") from error
+        raise UserError(f"model {source!r}: {first_line(error)}") from error
     shapes = {name: tuple(weight.shape) for name, weight in linear_weights(model).items()}
     try:
         return config, GenerationConfig.from_pretrained(source), shapes
     except OSError:
         return config, None, shapes
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _named(row: Row, request: Request) -> Completion:

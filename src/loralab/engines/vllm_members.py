@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,3 +149,57 @@ def _room(folder: Path) -> int:
 def _remove(folders: list[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class MemberPlaces:
+    """The members loaded, and those of them that vLLM holds, `count` at the most.
+
+    core: vLLM's LLMEngine. A member enters under a name and number never used before, so that no
+    cache of an old one can answer for it, and stays until its place is needed.
+    """
+
+    def __init__(self, core: Any, count: int) -> None:
+        self.count = count
+        self.states: Mapping[str, AdapterState] = {}
+        self._core = core
+        self._files = MemberFiles()
+        self._held: dict[str, Any] = {}
+
+    def load(self, states: Mapping[str, AdapterState]) -> None:
+        """Replace the members; vLLM holds none of them yet."""
+        for name in list(self._held):
+            self._let_go(name)
+        self.states = dict(states)
+
+    def hold(self, name: str, busy: Mapping[str, int]) -> None:
+        """Have vLLM hold a member, in place of one that is not busy.
+
+        Raises:
+            UserError: its file cannot be written.
+            ValueError: vLLM does not load it.
+        """
+        if name in self._held:
+            return
+        if len(self._held) >= self.count:
+            self._let_go(next(held for held in self._held if not busy[held]))
+        from vllm.lora.request import LoRARequest
+
+        number, folder = self._files.write(self.states[name])
+        try:
+            lora = LoRARequest(f"loralab-{number}", number, str(folder))
+            self._core.add_lora(lora)
+            self._held[name] = lora
+        finally:
+            self._files.remove(folder)
+
+    def lora(self, name: str) -> Any:
+        """The LoRARequest of a member that vLLM holds."""
+        return self._held[name]
+
+    def close(self) -> None:
+        """Forget the members and remove their files."""
+        self._held, self.states = {}, {}
+        self._files.close()
+
+    def _let_go(self, name: str) -> None:
+        self._core.remove_lora(self._held.pop(name).lora_int_id)

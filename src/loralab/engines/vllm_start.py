@@ -109,6 +109,19 @@ def start(vllm: Any, source: str, dtype: str, options: Options) -> Any:
         ) from error
 
 
+def check_device(wanted: str) -> None:
+    """Raise UserError where the config's `device` is not what the installed vLLM is built for."""
+    import_vllm()
+    from vllm.platforms import current_platform
+
+    built = "cpu" if current_platform.is_cpu() else "cuda"
+    if wanted not in ("auto", built):
+        raise UserError(
+            f"device is {wanted!r}, but the vLLM installed here runs on {built}; use device: auto, "
+            "or another build of vLLM"
+        )
+
+
 def device_name() -> str:
     """What vLLM runs on: "CPU", or the GPU's name."""
     from vllm.platforms import current_platform
