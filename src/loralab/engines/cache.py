@@ -22,7 +22,6 @@ from transformers.cache_utils import (
 
 from loralab.errors import UserError
 
-
 # Transformers before 5.20 leaves layers without a cache out.
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 
