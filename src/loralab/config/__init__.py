@@ -40,7 +40,9 @@ from loralab.config.sections import (
     GenerationConfig,
     InitConfig,
     Section,
+    SglangConfig,
     TaskConfig,
+    VllmConfig,
 )
 from loralab.config.seq2seq import Seq2SeqConfig
 from loralab.config.training import DataConfig, EvaluationConfig, SftConfig, TrainingConfig
@@ -77,10 +79,12 @@ __all__ = [
     "Section",
     "Seq2SeqConfig",
     "SftConfig",
+    "SglangConfig",
     "TaskConfig",
     "TrainingConfig",
     "VariantConfig",
     "VerifierConfig",
+    "VllmConfig",
     "load",
     "parse",
     "parse_evolve",

@@ -99,12 +99,69 @@ class GuardConfig(Section):
     prompts: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = None
 
 
-class EngineConfig(Section):
-    """What generates. memory_gb bounds the caches of one batch; None leaves it to the engine."""
+class VllmConfig(Section):
+    """vLLM in this process. max_loras: adapters in one batch. sequences: in one batch, context:
+    tokens of prompt and completion, null: vLLM's and the model's own. tensor_parallel: devices that
+    share the model. eager: no CUDA graphs."""
 
-    name: Literal["batched"] = "batched"
+    max_loras: Positive = 16
+    sequences: Positive | None = None
+    context: Positive | None = None
+    tensor_parallel: Positive = 1
+    eager: bool = False
+
+
+class SglangConfig(Section):
+    """An SGLang server: the one at `url`, or one that the run starts on this machine and ends.
+
+    key_variable, admin_key_variable: environment variables that hold the server's keys; a server
+    that is started gets a random key of its own. command, args: what starts one, and more of its
+    options. folder: where adapters are written for it, seen by the server under the same path;
+    null takes memory-backed files. max_loras: adapters in one of its batches. batch: prompts a
+    request. workers: requests at one time. timeout, start_timeout: seconds. retries: of a request
+    that a busy or broken connection lost, and of the server itself where it died.
+    """
+
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    key_variable: str | None = None
+    admin_key_variable: str | None = None
+    command: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = (
+        "python",
+        "-m",
+        "sglang.launch_server",
+    )
+    args: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    folder: str | None = None
+    max_loras: Positive = 8
+    batch: Positive = 32
+    workers: Positive = 8
+    timeout: float = Field(default=600.0, gt=0)
+    start_timeout: float = Field(default=1200.0, gt=0)
+    retries: int = Field(default=4, ge=0)
+
+
+class EngineConfig(Section):
+    """What generates. memory_gb bounds the caches of one batch; None leaves it to the engine.
+
+    backend is the batched engine's. An engine beyond it has a section of its own.
+    """
+
+    name: Literal["batched", "vllm", "sglang"] = "batched"
     backend: Literal["auto", "native", "torch"] = "auto"
     memory_gb: float | None = Field(default=None, gt=0)
+    vllm: VllmConfig | None = None
+    sglang: SglangConfig | None = None
+
+    @model_validator(mode="after")
+    def _of_this_engine(self) -> EngineConfig:
+        for section in ("vllm", "sglang"):
+            if getattr(self, section) is not None and self.name != section:
+                raise ValueError(f"{section} is the section of another engine than {self.name!r}")
+        if self.backend != "auto" and self.name != "batched":
+            raise ValueError(f"backend is an option of the batched engine, not of {self.name!r}")
+        if self.memory_gb is not None and self.name == "sglang":
+            raise ValueError("memory_gb: SGLang's memory is set by its own args")
+        return self
 
 
 class CommonConfig(Section):
