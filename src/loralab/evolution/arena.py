@@ -6,8 +6,9 @@ An arena is here (`LocalArena`: one batched decode for a whole population) or on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from time import perf_counter
 from typing import Protocol
 
@@ -15,6 +16,7 @@ import torch
 
 from loralab.adapters.state import AdapterState
 from loralab.config import EvolveConfig
+from loralab.config.evolve import ScoringConfig
 from loralab.engines.base import Progress
 from loralab.errors import UserError
 from loralab.evolution.events import Generating, OnEvent
@@ -24,6 +26,7 @@ from loralab.evolution.strategy import Population, SearchState, ask
 from loralab.evolution.subsets import fixed_subset, window
 from loralab.evolution.workbench import PopulationEngine
 from loralab.rollouts import Batch, Rollout
+from loralab.scoring import Scorer
 from loralab.tasks.base import Example, Split, Task
 from loralab.timings import Timings
 
@@ -88,11 +91,12 @@ class Arena(Protocol):
 
 
 class Examples:
-    """The task's examples, as a search walks through them."""
+    """The task's examples, as a search walks through them. scorer: as `Batch` has it."""
 
-    def __init__(self, config: EvolveConfig, task: Task) -> None:
+    def __init__(self, config: EvolveConfig, task: Task, scorer: Scorer | None = None) -> None:
         self._config = config
         self._task = task
+        self._scorer = scorer
         self._train = task.examples("train")
         if not self._train:
             raise UserError(f"task {task.name!r} has no training examples")
@@ -111,7 +115,14 @@ class Examples:
         return self._batch("train", examples, f"{self._config.seed}|{generation}")
 
     def _batch(self, split: Split, examples: Sequence[Example], key: str) -> Batch:
-        return Batch(self._task, split, tuple(examples), self._config.generation, key)
+        settings = self._config.generation
+        return Batch(self._task, split, tuple(examples), settings, key, self._scorer)
+
+
+def scorer_of(config: EvolveConfig) -> Scorer:
+    """Processes that score the config's task, with a deadline; to be closed."""
+    scoring = config.scoring or ScoringConfig()
+    return Scorer(config.task.name, config.task.options, scoring.deadline, scoring.workers)
 
 
 @dataclass(frozen=True)
@@ -144,13 +155,22 @@ def answered(
         began = perf_counter()
         completions = engine.generate(requests, progress)
         seconds = perf_counter() - began
-        rollouts, at = [], 0
-        for _, batch in asked:
-            rollouts.append(tuple(batch.judge(completions[at : at + len(batch.examples)])))
-            at += len(batch.examples)
+        rollouts, at = list[tuple[Rollout, ...]](), 0
+        for batch, who in _by_batch(asked):
+            size = len(batch.examples)
+            judged = batch.judge(completions[at : at + who * size])
+            rollouts += [tuple(judged[one * size : (one + 1) * size]) for one in range(who)]
+            at += who * size
     with timings.phase("unloading"):
         engine.load({})
     return Answered(tuple(rollouts), sum(len(c.tokens) for c in completions), seconds)
+
+
+def _by_batch(asked: Sequence[tuple[str | None, Batch]]) -> Iterator[tuple[Batch, int]]:
+    """Batches with how many in a row are asked them: one scorer call for a whole population."""
+    for _, group in groupby(asked, key=lambda one: id(one[1])):
+        same = [batch for _, batch in group]
+        yield same[0], len(same)
 
 
 def member_name(generation: int, member: int) -> str:

@@ -6,6 +6,7 @@ at any moment loses at most the generation in flight, and a resumed run ends in 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,9 @@ from time import perf_counter
 
 from loralab import tasks
 from loralab.config import EvolveConfig
-from loralab.evolution.arena import Arena, Examples, LocalArena, shown
+from loralab.evolution.arena import Arena, Examples, LocalArena, scorer_of, shown
+from loralab.evolution.cluster.arena import ClusterArena
+from loralab.evolution.cluster.opening import open_site
 from loralab.evolution.events import Finished, Notice, OnEvent, Started, ignore
 from loralab.evolution.guarded import SearchGuard
 from loralab.evolution.journal import Entry, HeldOut
@@ -31,7 +34,7 @@ from loralab.evolution.strategy import SearchState, tell
 from loralab.evolution.workbench import Open, Workbench, open_batched
 from loralab.health.population import generation_shares
 from loralab.interrupt import Interrupt
-from loralab.rollouts import completion_rows
+from loralab.rollouts import completion_rows, refuse_failures
 from loralab.run import Run
 from loralab.timings import Timings
 
@@ -74,15 +77,28 @@ def evolve(
     def stopping(name: str) -> None:
         on_event(Notice(f"{name}: stopping after the generation in flight; again to stop at once"))
 
-    with Interrupt(stopping) as interrupt, timings.phase("total_experiment"):
+    with ExitStack() as until_end:
+        interrupt = until_end.enter_context(Interrupt(stopping))
+        until_end.enter_context(timings.phase("total_experiment"))
         task = tasks.get(config.task.name, **config.task.options)
         with timings.phase("server_launch"):
-            bench = open_workbench(config)
+            site = None
+            if config.cluster is not None:
+                site = until_end.enter_context(open_site(config, open_workbench, on_event))
+            bench = open_workbench(config) if site is None else site.bench
         run.note(kernel=bench.engine.kernel)
-        examples = Examples(config, task)
+        scorer, most_failed = None, 1.0
+        if config.scoring is not None:
+            scorer = until_end.enter_context(scorer_of(config))
+            most_failed = config.scoring.max_failed
+        examples = Examples(config, task, scorer)
         search = open_search(config, run, task, bench, timings, on_event)
         state, journal, best, start = search.state, search.journal, search.best, search.start
-        arena: Arena = LocalArena(examples, bench.engine, timings, on_event)
+        arena: Arena = (
+            LocalArena(examples, bench.engine, timings, on_event)
+            if site is None
+            else ClusterArena(site.fleet, examples, config, run, timings, on_event)
+        )
         guard = SearchGuard(config, run, bench, state.space, on_event)
         guard.resume(state.generation)
         on_event(
@@ -105,6 +121,8 @@ def evolve(
             testing = bool(examples.held_out.examples) and generation % options.eval_every == 0
 
             answers = arena.meet(state, testing)
+            judged = [*answers.everything, *answers.centre]
+            refuse_failures(judged, most_failed, f"generation {generation}")
             with timings.phase("es_update"):
                 rewards = reward_table(answers.members)
                 means = tuple(mean_over_prompts(rewards))

@@ -1,0 +1,102 @@
+"""What driver and actors say to each other: JSON, compressed, as bytes that can be counted.
+
+Of a completion its reward travels, whether it is right, repeats itself or failed, and 32 bits of
+its text's hash; its text only where it is written down.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from loralab.health.population import loops
+from loralab.rollouts import Rollout
+from loralab.tasks.base import Example, Prompt, Score
+
+Message = Mapping[str, Any]
+
+_HASH = 4
+_NAMES = {True: "1", False: "0", None: "-"}
+_MEANT = {name: value for value, name in _NAMES.items()}
+_LOOPING = "x" * 100
+"""What `loops` calls looping, as the end of a stand-in for a text that is."""
+_REASON = 300
+
+
+def pack(message: Message) -> bytes:
+    """A message on its way."""
+    return zlib.compress(json.dumps(message, separators=(",", ":")).encode())
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """The message again, every float to the bit."""
+    message: dict[str, Any] = json.loads(zlib.decompress(data))
+    return message
+
+
+def outlined(rollouts: Iterable[Rollout]) -> dict[str, Any]:
+    """Rollouts without their texts."""
+    kept = list(rollouts)
+    failed = {place: _shortened(r.failed) for place, r in enumerate(kept) if r.failed is not None}
+    return {
+        "rewards": [rollout.score.reward for rollout in kept],
+        "correct": "".join(_NAMES[rollout.score.correct] for rollout in kept),
+        "hashes": "".join(_hashed(rollout.text) for rollout in kept),
+        "looping": [place for place, rollout in enumerate(kept) if loops(rollout.text)],
+        "failed": list(failed),
+        "why": next(iter(failed.values()), None),
+    }
+
+
+def stand_ins(
+    outline: Message, examples: Sequence[Example], prompts: Sequence[Prompt]
+) -> list[Rollout]:
+    """What `outlined` told of, an example and its prompt for each rollout.
+
+    Texts are stand-ins: equal where the texts were, and looping where they were. `failed` is the
+    first failure's reason. Tokens are counted elsewhere: 0.
+    """
+    looping, failed = set(outline["looping"]), set(outline["failed"])
+    hashes: str = outline["hashes"]
+    size = 2 * _HASH
+    return [
+        Rollout(
+            examples[place],
+            prompts[place],
+            hashes[size * place : size * (place + 1)] + _LOOPING * (place in looping),
+            0,
+            Score(reward, _MEANT[outline["correct"][place]]),
+            outline["why"] if place in failed else None,
+        )
+        for place, reward in enumerate(outline["rewards"])
+    ]
+
+
+def in_full(rollout: Rollout) -> dict[str, Any]:
+    """A rollout with its text, for `restored`."""
+    score = rollout.score
+    return {
+        "text": rollout.text,
+        "tokens": rollout.tokens,
+        "reward": score.reward,
+        "correct": score.correct,
+        "parts": dict(score.parts),
+        "failed": rollout.failed,
+    }
+
+
+def restored(row: Message, example: Example, prompt: Prompt) -> Rollout:
+    """The rollout that `in_full` told of."""
+    score = Score(row["reward"], row["correct"], row["parts"])
+    return Rollout(example, prompt, row["text"], row["tokens"], score, row["failed"])
+
+
+def _hashed(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_HASH).hexdigest()
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= _REASON else f"{reason[:_REASON]} ..."
