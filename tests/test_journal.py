@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from loralab.errors import UserError
-from loralab.evolution.journal import Contents, Entry, Header, HeldOut, Journal, differences, read
+from loralab.evolution.journal import (
+    Contents,
+    DamagedHeader,
+    Entry,
+    Header,
+    HeldOut,
+    Journal,
+    read,
+)
 
 HEADER = Header(
     config={"seed": 3, "evolution": {"lr": 0.1, "stop": ["\n", "é"]}},
@@ -162,11 +170,58 @@ def test_fitness_that_is_no_number_is_never_written(tmp_path: Path) -> None:
     assert len(contents.entries) == 1
 
 
-def test_differences_name_keys_and_values() -> None:
-    old = {"seed": 1, "evolution": {"lr": 0.1, "gone": True}}
-    new = {"seed": 1, "evolution": {"lr": 0.2, "new": None}}
-    assert differences(old, old) == []
-    assert differences(old, new) == [
-        "evolution.lr was 0.1, is 0.2",
-        "evolution.gone was true, is null",
-    ]
+def damaged(path: Path, position: int) -> bytes:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("where", ["inside", "its checksum", "its newline"])
+def test_a_damaged_header_is_made_again_where_the_next_line_proves_it(
+    tmp_path: Path, where: str
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    write(path, 3)
+    before = path.read_bytes()
+    end = before.index(b"\n")
+    bad = damaged(path, {"inside": 20, "its checksum": end - 5, "its newline": end}[where])
+    with pytest.raises(DamagedHeader, match="the header is damaged"):
+        read(path)
+    with pytest.raises(DamagedHeader):
+        read(path, replace(HEADER, seed=4))
+    contents = read(path, HEADER)
+    assert contents.header == HEADER
+    assert list(contents.entries) == entries(3)
+    assert contents.damage is not None
+    assert "line 1: the checksum does not match; made again" in contents.damage
+    journal = Journal.resume(path, contents)
+    assert path.read_bytes() == before
+    assert (tmp_path / "journal.damaged.jsonl").read_bytes() == bad
+    journal.append(entries(4)[3])
+    assert len(read(path).entries) == 4
+
+
+def test_a_header_cut_short_and_a_damaged_line_behind_it_are_both_told(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    write(path, 4)
+    lines = path.read_bytes().splitlines(True)
+    lines[0] = lines[0][:30] + b"\n"
+    lines[3] = lines[3].replace(b"digest", b"digits")
+    path.write_bytes(b"".join(lines))
+    contents = read(path, HEADER)
+    assert len(contents.entries) == 2
+    assert contents.damage is not None
+    assert "line 1" in contents.damage
+    assert "line 4: the checksum does not match; the 2 generations" in contents.damage
+    Journal.resume(path, contents)
+    assert read(path).damage is None
+
+
+def test_without_a_generation_a_new_header_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    write(path, 0)
+    before = path.read_bytes()
+    path.write_bytes(before[:40])
+    Journal.resume(path, read(path, HEADER))
+    assert path.read_bytes() == before

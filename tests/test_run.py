@@ -95,7 +95,7 @@ def test_resume_names_what_changed_in_the_config(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         Run.resume(tmp_path, other)
     message = one_line(error)
-    for part in ("seed was 3, is 4", "evolution.stop", "new was '(absent)', is 1"):
+    for part in ("seed was 3, is 4", "evolution.stop", "new was null, is 1"):
         assert part in message
     assert "lr" not in message
     Run.resume(tmp_path, CONFIG | {"stop": ["x"]}).close()  # the refusal gave the lock back

@@ -68,8 +68,8 @@ def test_it_learns_and_a_resumed_run_ends_in_the_same_bits(
     start(tmp_path / "cut", config)
     cut_journal(tmp_path / "cut", 5)
     resumed, again, events = start(tmp_path / "cut", config, resume=True)
-    assert isinstance(events[0], Started)
-    assert events[0].resumed_at == 5
+    [began] = [event for event in events if isinstance(event, Started)]
+    assert began.resumed_at == 5
     assert replace(resumed, adapter=whole.adapter) == whole
     assert again.journal_path.read_bytes() == run.journal_path.read_bytes()
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):

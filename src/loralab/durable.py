@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ TEMPORARY_PREFIX = ".partial-"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust, such as safetensors, end what the system said."""
 
 
 @contextlib.contextmanager
@@ -35,18 +38,34 @@ def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` about `path` into a `UserError` that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except UserError:
+        raise
+    except Exception as error:
+        refused = _refused(error)
+        if refused is None:
+            raise
+        if refused.errno in _FULL:
             raise UserError(
                 f"no space left on disk while writing {path}: free some space, then continue "
                 "with --resume; what was written before is kept"
             ) from error
-        reason = error.strerror or str(error)
-        if error.errno in _FORBIDDEN:
+        reason = refused.strerror or str(refused)
+        if refused.errno in _FORBIDDEN:
             raise UserError(
                 f"cannot write {path}: {reason}; make it writable or choose another --run-dir"
             ) from error
         raise UserError(f"cannot write {path}: {reason}; choose another --run-dir") from error
+
+
+def _refused(error: Exception) -> OSError | None:
+    """What the operating system refused, where that is the error or what it tells of."""
+    if isinstance(error, OSError):
+        return error
+    found = _OS_ERROR.search(str(error))
+    if found is None:
+        return None
+    number = int(found[1])
+    return OSError(number, os.strerror(number))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -153,14 +172,42 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
+        row = _row(line)
+        if row is None:
             raise UserError(f"{path}, line {number}: not a JSON object; the file is damaged")
         rows.append(row)
     return rows
+
+
+def set_damage_aside(path: Path) -> int:
+    """Keep the lines of a file that can be read; how many cannot. All of it as it was is then in
+    `NAME.damaged.jsonl` beside it, and read_lines takes the rest.
+
+    For logs, whose lines stand for themselves; a journal is another thing.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return 0
+    sound = [line for line in lines if _row(line) is not None]
+    if len(sound) < len(lines):
+        with explain_os_errors(path):
+            shutil.copyfile(path, path.with_suffix(".damaged.jsonl"))
+        write_whole(path, b"".join(line + b"\n" for line in sound))
+    return len(lines) - len(sound)
+
+
+def set_object_aside(path: Path) -> bool:
+    """Rename a file of one JSON object that is none to `NAME.damaged.json`; whether it was."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    if _row(data) is not None:
+        return False
+    with explain_os_errors(path):
+        os.replace(path, path.with_suffix(".damaged.json"))
+    return True
 
 
 def cut_torn_line(path: Path) -> None:
@@ -191,6 +238,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _write_all(handle: int, data: bytes) -> None:

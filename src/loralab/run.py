@@ -26,14 +26,21 @@ from loralab import durable
 from loralab.environment import describe
 from loralab.errors import UserError
 
-_LINES = (
-    "metrics.jsonl",
-    "completions.jsonl",
-    "findings.jsonl",
-    "readings.jsonl",
-    "journal.jsonl",
-)
+_LOGS = ("metrics.jsonl", "completions.jsonl", "findings.jsonl", "readings.jsonl")
+_LINES = (*_LOGS, "journal.jsonl")
 _LOCK = ".lock"
+MOVABLE = frozenset(
+    {
+        *(f"cluster.{key}" for key in ("address", "actors", "cpus_per_actor", "gpus_per_actor")),
+        *(f"cluster.{key}" for key in ("restarts", "start_seconds")),
+        *(f"engine.sglang.{key}" for key in ("url", "key_variable", "admin_key_variable")),
+        *(f"engine.sglang.{key}" for key in ("command", "folder", "batch", "workers")),
+        *(f"engine.sglang.{key}" for key in ("timeout", "start_timeout", "retries")),
+        "scoring.workers",
+    }
+)
+"""Keys that say where and by how many a run is done, not what it computes: they may change from one
+session of a run to the next."""
 
 
 class Run:
@@ -42,6 +49,8 @@ class Run:
     def __init__(self, path: Path, config: dict[str, Any], lock: int | None) -> None:
         self.path = path
         self.config = config
+        self.repaired: tuple[str, ...] = ()
+        """What was damaged when it was resumed and is set aside, a line each."""
         self._lock = lock
 
     @classmethod
@@ -65,7 +74,7 @@ class Run:
                     raise _not_empty(path)
             _sweep(path)
             run = cls(path, plain, lock)
-            run.write("config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+            run._write_config()
             run.write("environment.json", json.dumps(describe(), indent=2) + "\n")
         except BaseException:
             os.close(lock)
@@ -74,16 +83,18 @@ class Run:
 
     @classmethod
     def resume(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> Run:
-        """Lock an existing run to continue it; torn last lines are cut off.
+        """Lock an existing run to continue it; torn last lines are cut off, damaged ones of logs
+        set aside.
 
         Raises:
             UserError: there is no run, it is locked, or `config` differs from the one it was
-                started with (the differing keys are named).
+                started with (the differing keys are named) in more than MOVABLE, which is taken
+                from `config`.
         """
         path = Path(path)
         stored = _read_config(path)
         if config is not None:
-            changed = _differences(stored, _plain(config))
+            changed = differences(stored, _plain(config))
             if changed:
                 raise UserError(
                     f"{path} was started with another config: {', '.join(changed)}; "
@@ -95,7 +106,11 @@ class Run:
             for name in _LINES:
                 durable.cut_torn_line(path / name)
             run = cls(path, stored, lock)
+            run._repair()
             run._note_resumption()
+            if config is not None and stored != _plain(config):
+                run.config = _plain(config)
+                run._write_config()
         except BaseException:
             os.close(lock)
             raise
@@ -227,6 +242,30 @@ class Run:
     ) -> None:
         self.close()
 
+    def _write_config(self) -> None:
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        self.write("config.yaml", text)
+
+    def _repair(self) -> None:
+        """Set aside what cannot be read of logs, which no run depends on: a damaged line of them
+        must not keep it from going on."""
+        found = []
+        for name in _LOGS:
+            if lines := durable.set_damage_aside(self.path / name):
+                found.append(f"{self.path / name}: {lines} damaged lines are left out")
+        if durable.set_object_aside(self.timings_path):
+            found.append(f"{self.timings_path}: damaged; time is counted anew")
+        for what in found:
+            self.log_finding(
+                {
+                    "rule": "damaged_log",
+                    "what": what,
+                    "why": "the file changed after it was written",
+                    "advice": "look at the disk; what was there is kept, named .damaged",
+                }
+            )
+        self.repaired = tuple(found)
+
     def _append(self, name: str, rows: list[Mapping[str, Any]]) -> None:
         self._must_be_writable()
         durable.append_lines(self.path / name, rows)
@@ -346,15 +385,15 @@ def _text(value: object) -> Any:
     raise TypeError(f"a config cannot hold a {type(value).__name__}")
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, each with both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [
-            line
-            for key in keys
-            for line in _differences(
-                old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}".lstrip(".")
-            )
-        ]
-    return [] if old == new else [f"{prefix} was {old!r}, is {new!r}"]
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two configs differ, each with both values; those in MOVABLE may. A key
+    that is absent is one that is null: a run goes on under a program with more options."""
+    if prefix in MOVABLE:
+        return []
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            inner = f"{prefix}.{key}" if prefix else str(key)
+            lines += differences(old.get(key), new.get(key), inner)
+        return lines
+    return [] if old == new else [f"{prefix} was {json.dumps(old)}, is {json.dumps(new)}"]

@@ -6,7 +6,8 @@ adapter after. Noise is drawn again from its key, so neither members nor adapter
 
 Each line ends in a checksum over its own bytes and the checksum of the line before, so a flipped
 bit, a lost line or a swapped one is seen. A line is on disk before the next generation starts;
-a torn last line, as a kill leaves it, is simply not there.
+a torn last line, as a kill leaves it, is simply not there. A damaged header can be made again from
+the config and the model: the checksum of the line behind it proves that it is the same one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class Contents:
 
     damage: what is wrong with that line and where, None if the journal is sound.
     sound_bytes: length of the part that is used. last_sum: checksum of its last line.
+    mended: the part that is used, where it is not what the file begins with.
     """
 
     header: Header
@@ -88,6 +90,11 @@ class Contents:
     damage: str | None
     sound_bytes: int
     last_sum: str
+    mended: bytes | None = None
+
+
+class DamagedHeader(UserError):
+    """A journal whose first line cannot be trusted, and nothing else is there to take for it."""
 
 
 class Journal:
@@ -110,7 +117,9 @@ class Journal:
         with durable.explain_os_errors(path):
             if contents.damage is not None:
                 shutil.copyfile(path, path.with_suffix(".damaged.jsonl"))
-            if path.stat().st_size > contents.sound_bytes:
+            if contents.mended is not None:
+                durable.write_whole(path, contents.mended)
+            elif path.stat().st_size > contents.sound_bytes:
                 with path.open("r+b") as file:
                     file.truncate(contents.sound_bytes)
                     os.fsync(file.fileno())
@@ -123,11 +132,15 @@ class Journal:
         self._last_sum = checksum
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, header: Header | None = None) -> Contents:
     """Read a journal as far as it is sound.
 
+    header: what this run would begin with, taken for a damaged one where the lines behind it prove
+    that it was the same.
+
     Raises:
-        UserError: there is none, or its very header is damaged.
+        DamagedHeader: the header is damaged and `header` is not given or not proven.
+        UserError: there is none.
     """
     try:
         data = path.read_bytes()
@@ -135,10 +148,22 @@ def read(path: Path) -> Contents:
         raise UserError(f"no journal at {path}: only a run of kind evolve has one") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    contents = _contents(data, path)
+    if contents is None and header is not None:
+        contents = _with_header(data, header, path)
+    if contents is None:
+        raise DamagedHeader(
+            f"{path}: the header is damaged, nothing can be rebuilt; start a new run"
+        )
+    return contents
+
+
+def _contents(data: bytes, path: Path) -> Contents | None:
+    """What these bytes hold, None if they do not begin with a sound header."""
     lines = data.split(b"\n")[:-1]  # what follows the last newline is torn
     first = _opened(lines[0], "") if lines else None
     if first is None:
-        raise UserError(f"{path}: the header is damaged, nothing can be rebuilt; start a new run")
+        return None
     header = _header(first[0], path)
     entries: list[Entry] = []
     last_sum, sound = first[1], len(lines[0]) + 1
@@ -156,15 +181,22 @@ def read(path: Path) -> Contents:
     return Contents(header, tuple(entries), damage, sound, last_sum)
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two configs differ, each with both values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            inner = f"{prefix}.{key}" if prefix else str(key)
-            lines += differences(old.get(key), new.get(key), inner)
-        return lines
-    return [] if old == new else [f"{prefix} was {json.dumps(old)}, is {json.dumps(new)}"]
+def _with_header(data: bytes, header: Header, path: Path) -> Contents | None:
+    """The journal with its damaged header replaced: by as many bytes, as a flipped bit asks for, or
+    up to the first newline; None if no line behind it fits."""
+    row, _ = _sealed(asdict(header), "")
+    line = json.dumps(row).encode() + b"\n"
+    behind = data.partition(b"\n")[2]
+    for rest in (data[len(line) :], behind):
+        found = _contents(line + rest, path)
+        # Without a generation there is nothing to lose, and nothing that could prove it.
+        if found is not None and (found.entries or b"\n" not in behind):
+            damage = f"{path}, line 1: the checksum does not match; made again from the config"
+            if found.damage is not None:
+                damage = f"{damage}. {found.damage}"
+            sound = (line + rest)[: found.sound_bytes]
+            return replace(found, damage=damage, mended=sound)
+    return None
 
 
 def _sealed(row: dict[str, Any], previous: str) -> tuple[dict[str, Any], str]:

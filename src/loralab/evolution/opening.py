@@ -14,14 +14,22 @@ from loralab.environment import describe
 from loralab.errors import UserError
 from loralab.evolution.adapter_space import adapter_sigmas
 from loralab.evolution.events import Notice, OnEvent
-from loralab.evolution.journal import Header, HeldOut, Journal, differences, read
+from loralab.evolution.journal import (
+    Contents,
+    DamagedHeader,
+    Header,
+    HeldOut,
+    Journal,
+    read,
+)
+from loralab.evolution.mending import mend_outputs, mended_start
 from loralab.evolution.replay import first_state, states
 from loralab.evolution.start import START, is_drawn, start_adapter
 from loralab.evolution.strategy import SearchState
 from loralab.evolution.weight_space import ROWS_COMPARED
 from loralab.evolution.workbench import Workbench, fingerprint, sample_rows
 from loralab.rollouts import Rollout
-from loralab.run import Run
+from loralab.run import Run, differences
 from loralab.tasks.base import Task
 from loralab.timings import Timings
 
@@ -68,7 +76,7 @@ def open_search(
     rows = {name: sample_rows(weight, ROWS_COMPARED) for name, weight in bench.weights.items()}
     if run.journal_path.exists():
         with timings.phase("init_population"):
-            return _resume(config, run, bench, model, rows, on_event)
+            return _resume(config, run, task, bench, model, rows, on_event)
     with timings.phase("weight_analysis"):
         report = analyse(bench.weights)
         _log_outliers(report, run, on_event)
@@ -120,13 +128,16 @@ def _first(
 def _resume(
     config: EvolveConfig,
     run: Run,
+    task: Task,
     bench: Workbench,
     model: str,
     rows: Mapping[str, Tensor],
     on_event: OnEvent,
 ) -> Opened:
     """The last state in the journal, every digest on the way to it checked."""
-    contents = read(run.journal_path)
+    for line in run.repaired:
+        on_event(Notice(line))
+    contents = _read(config, run, task, bench, model, rows)
     header = contents.header
     changed = differences(header.config, config.to_dict())
     if changed:
@@ -157,14 +168,31 @@ def _resume(
         )
     best: Best | None = None
     start: HeldOut | None = None
-    state = first_state(header, run.path, rows)
+    state = mended_start(config, run, task, bench, header, rows, on_event)
     for point, entry in states(contents, state):
         state = point
         if entry is not None and entry.held_out is not None:
             start = start or entry.held_out
             best = better(best, state, entry.held_out)
     run.rewind(state.generation)
+    mend_outputs(config, run, state, None if best is None else best.state, on_event)
     return Opened(state, Journal.resume(run.journal_path, contents), best, start)
+
+
+def _read(
+    config: EvolveConfig,
+    run: Run,
+    task: Task,
+    bench: Workbench,
+    model: str,
+    rows: Mapping[str, Tensor],
+) -> Contents:
+    """The journal; a damaged header is made again as that of a new run would be."""
+    try:
+        return read(run.journal_path)
+    except DamagedHeader:
+        header, _ = _first(config, run, task, bench, analyse(bench.weights), model, rows)
+        return read(run.journal_path, header)
 
 
 def better(
