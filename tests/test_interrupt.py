@@ -23,7 +23,10 @@ def test_the_first_signal_asks_and_the_second_stops() -> None:
         with pytest.raises(KeyboardInterrupt):
             terminate()
     assert said == ["SIGTERM"]
+    assert Interrupt.asked_by is signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+    with Interrupt(said.append):
+        assert Interrupt.asked_by is None
 
 
 def test_what_is_asked_of_an_inner_one_is_asked_of_the_outer() -> None:

@@ -28,6 +28,8 @@ class Interrupt:
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
+    asked_by: ClassVar[signal.Signals | None] = None
+    """Which signal the last outermost one was asked to stop by, None if by none."""
     _innermost: ClassVar[Interrupt | None] = None
 
     def __init__(self, on_request: Callable[[str], None]) -> None:
@@ -40,7 +42,9 @@ class Interrupt:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
             self._outer, Interrupt._innermost = Interrupt._innermost, self
-            if self._outer is not None and self._outer.requested:
+            if self._outer is None:
+                Interrupt.asked_by = None
+            elif self._outer.requested:
                 self.requested = True
         return self
 
@@ -62,4 +66,5 @@ class Interrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        Interrupt.asked_by = signal.Signals(number)
         self._on_request(signal.Signals(number).name)

@@ -31,7 +31,7 @@ _LINES = (*_LOGS, "journal.jsonl")
 _LOCK = ".lock"
 MOVABLE = frozenset(
     {
-        *(f"cluster.{key}" for key in ("address", "actors", "cpus_per_actor", "gpus_per_actor")),
+        *(f"cluster.{key}" for key in ("address", "actors", "gpus_per_actor")),
         *(f"cluster.{key}" for key in ("restarts", "start_seconds")),
         *(f"engine.sglang.{key}" for key in ("url", "key_variable", "admin_key_variable")),
         *(f"engine.sglang.{key}" for key in ("command", "folder", "batch", "workers")),
