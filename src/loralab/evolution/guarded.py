@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil, inf, isnan, nan, sqrt
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from loralab import tasks
 from loralab.config import EvolveConfig
 from loralab.engines.base import Request, Sampling
+from loralab.engines.batched import BatchedEngine
 from loralab.errors import UserError
 from loralab.evolution.adapter_space import AdapterSpace
-from loralab.evolution.centre import subject_of
+from loralab.evolution.centre import Looked, subject_of
 from loralab.evolution.events import Notice, OnEvent
 from loralab.evolution.space import Space
 from loralab.evolution.strategy import SearchState
@@ -31,6 +33,7 @@ from loralab.health.reading import Reading
 from loralab.health.rules import judge
 from loralab.health.telling import lines
 from loralab.run import Run
+from loralab.scoring import Scorer
 
 FIRST = (0, 1, 5, 10, 25, 50)
 """Generations before which the centre writes, beside the end."""
@@ -41,13 +44,29 @@ _FACTS = ("es.unearned", "es.member_kl")
 """Measured once, before the first generation, and told again at each look."""
 
 
+@runtime_checkable
+class Elsewhere(Protocol):
+    """An engine that looks at the search's points where they are: none is sent to it."""
+
+    def looked(self, prompts: Sequence[Prompt], seed: int) -> Looked:
+        """As `subject_of` gives it of an engine here."""
+        ...
+
+
 class SearchGuard:
     """Judges every generation. `guard: null` in the config makes one that does nothing."""
 
     def __init__(
-        self, config: EvolveConfig, run: Run, bench: Workbench, space: Space, on_event: OnEvent
+        self,
+        config: EvolveConfig,
+        run: Run,
+        bench: Workbench,
+        space: Space,
+        on_event: OnEvent,
+        scorer: Scorer | None = None,
     ) -> None:
-        self._config, self._wanted = config, config.guard
+        """scorer: of the config's task, which a reward that hangs does not outlive."""
+        self._config, self._wanted, self._scorer = config, config.guard, scorer
         self._run, self._bench, self._on_event = run, bench, on_event
         self._ledger = Ledger(run.path if self._wanted is not None else None)
         self._rows: list[Mapping[str, Any]] = []
@@ -65,7 +84,18 @@ class SearchGuard:
         prompts: tuple[Prompt, ...] = (
             shipped_prompts()[:PROMPTS] if own is None else as_prompts(own)
         )
-        self._subject = subject_of(bench.engine, prompts, config.seed)
+        engine = bench.engine
+        if isinstance(engine, Elsewhere):
+            self._subject = engine.looked(prompts, config.seed)
+        else:
+            self._subject = subject_of(engine, prompts, config.seed)
+            if not isinstance(engine, BatchedEngine):
+                on_event(
+                    Notice(
+                        f"guard: {engine.kernel} tells no expectations: texts and the population's "
+                        "numbers are looked at, the divergence from the base is not"
+                    )
+                )
         self._ratio = dominance(noise_ratios(space, bench.weights))
 
     def resume(self, generation: int) -> None:
@@ -144,12 +174,15 @@ class SearchGuard:
         examples = task.examples("train")[:_EXAMPLES]
         if not examples:
             return {}
-        earned = unearned(task, examples, task.score, task.prompt)
+        score, scorer = task.score, self._scorer
+        if scorer is not None:
+            score = partial(scorer.one, "train")
+        earned = unearned(task, examples, score, task.prompt)
         sampling = Sampling(self._config.generation.max_new_tokens)
         engine = self._bench.engine
         engine.set_base({})
         made = engine.generate([Request(task.prompt(one), None, sampling) for one in examples])
-        base = rewards(task, task.score, examples, [one.text for one in made])
+        base = rewards(task, score, examples, [one.text for one in made])
         found = [share for share in shares(earned, base).values() if not isnan(share)]
         return {"es.unearned": max(found)} if found else {}
 

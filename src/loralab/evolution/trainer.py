@@ -28,10 +28,11 @@ from loralab.evolution.measures import (
     score_of,
 )
 from loralab.evolution.opening import Best, better, open_search
+from loralab.evolution.opening_engines import open_workbench
 from loralab.evolution.outputs import cast_adapter, log_truncation, save_merged, save_point
 from loralab.evolution.shaping import mean_over_prompts
 from loralab.evolution.strategy import SearchState, tell
-from loralab.evolution.workbench import Open, Workbench, open_batched
+from loralab.evolution.workbench import Open, Workbench
 from loralab.health.population import generation_shares
 from loralab.interrupt import Interrupt
 from loralab.rollouts import completion_rows, refuse_failures
@@ -64,7 +65,7 @@ def evolve(
     config: EvolveConfig,
     run: Run,
     on_event: OnEvent = ignore,
-    open_workbench: Open = open_batched,
+    open_workbench: Open = open_workbench,
 ) -> Result:
     """Run the search of a config in a run directory, or go on with the one that is there.
 
@@ -86,6 +87,7 @@ def evolve(
             if config.cluster is not None:
                 site = until_end.enter_context(open_site(config, open_workbench, on_event))
             bench = open_workbench(config) if site is None else site.bench
+        until_end.callback(bench.close)
         run.note(kernel=bench.engine.kernel)
         scorer, most_failed = None, 1.0
         if config.scoring is not None:
@@ -99,7 +101,7 @@ def evolve(
             if site is None
             else ClusterArena(site.fleet, examples, config, run, timings, on_event)
         )
-        guard = SearchGuard(config, run, bench, state.space, on_event)
+        guard = SearchGuard(config, run, bench, state.space, on_event, scorer)
         guard.resume(state.generation)
         on_event(
             Started(
