@@ -358,7 +358,11 @@ def test_a_look_that_fails_ends_no_search(tmp_path: Path, monkeypatch: pytest.Mo
         result, run, events = search(tmp_path / str(at))
         assert result.complete
         said = [e.text for e in events if isinstance(e, Notice) and e.text.startswith("guard:")]
-        assert said == [f"guard: looks at numbers alone: {type(error).__name__}: {error}"]
+        assert said == [
+            "guard: fake tells no expectations: texts and the population's numbers are looked at, "
+            "the divergence from the base is not",
+            f"guard: looks at numbers alone: {type(error).__name__}: {error}",
+        ]
         assert run.readings() == []
         monkeypatch.undo()
 
