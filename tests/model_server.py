@@ -91,37 +91,43 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, method: str, body: Any) -> None:
         server = self.server
+        server.asked.append((self.path, body, dict(self.headers)))
+        fault = server.faults.next(self.path)
         with server.count:
             server.now += 1
             server.most = max(server.most, server.now)
         try:
-            self._answer(method, body)
+            answer = self._answer(method, body, fault)
         finally:
+            # Before the answer goes out, after which the client may ask again.
             with server.count:
                 server.now -= 1
+        if answer is None:
+            return self._hang_up()
+        return self._send(*answer, cut=fault == "cut")
 
-    def _answer(self, method: str, body: Any) -> None:
-        server, headers = self.server, dict(self.headers)
-        server.asked.append((self.path, body, headers))
-        fault = server.faults.next(self.path)
+    def _answer(
+        self, method: str, body: Any, fault: str | float | None
+    ) -> tuple[int, bytes] | None:
+        """Status and body, None to hang up."""
         if isinstance(fault, float):
             time.sleep(fault)
         if fault == "drop":
-            return self._hang_up()
+            return None
         if fault == "busy":
-            return self._send(503, b'{"error": "busy"}')
+            return 503, b'{"error": "busy"}'
         if fault == "garbage":
-            return self._send(200, b"<html>")
+            return 200, b"<html>"
+        route = self.server.routes.get(f"{method} {self.path}")
+        if route is None:
+            return 404, b'{"detail": "Not Found"}'
         try:
-            status, value = 200, server.routes[f"{method} {self.path}"](body, headers)
-        except KeyError:
-            status, value = 404, {"detail": "Not Found"}
+            status, value = 200, route(body, dict(self.headers))
         except Answer as answer:
             status, value = answer.status, answer.value
-        data = b"" if value is None else json.dumps(value).encode()
-        return self._send(status, data, cut=fault == "cut")
+        return status, b"" if value is None else json.dumps(value).encode()
 
-    def _send(self, status: int, data: bytes, cut: bool = False) -> None:
+    def _send(self, status: int, data: bytes, cut: bool) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

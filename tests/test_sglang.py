@@ -22,6 +22,7 @@ from loralab.engines.served import ServedModel
 from loralab.engines.sglang import SglangEngine
 from loralab.engines.sglang_link import Link
 from loralab.errors import UserError
+from loralab.evolution.opening_sglang import connected
 from model_server import serving
 from serving_contract import (
     ServingContract,
@@ -65,7 +66,7 @@ class TestContract(ServingContract):
         # Fewer places than members, and batches that cut through them.
         with running(max_loras=3) as server:
             local = BatchedEngine(server.model, tiny.tokenizer(), backend="torch", threads=1)
-            engine = connect(server, batch=5, workers=3)
+            engine = connect(server, batch=13, workers=3)
             ends = frozenset({tiny.EOS})
             yield Subject(
                 engine,
@@ -275,3 +276,28 @@ def test_cancelling_does_not_wait_for_the_server(server: FakeSglang) -> None:
     assert time.perf_counter() - began < 30
     assert texts(engine.generate(asked({}))) == expected(server, {})
     engine.close()
+
+
+def test_keys_go_to_the_routes_that_they_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(key="plain", admin_key="admin") as server:
+        served = ServedModel.of("tiny", server.model, tiny.tokenizer())
+        adapters = tiny_adapters(server.model)
+
+        def engine(**variables: str) -> SglangEngine:
+            settings = SglangConfig(url=server.url + "/", **variables)
+            return SglangEngine(served, connected(served, settings), settings)
+
+        monkeypatch.setenv("PLAIN", "plain")
+        monkeypatch.setenv("ADMIN", "admin")
+        both = engine(key_variable="PLAIN", admin_key_variable="ADMIN")
+        both.load(adapters)
+        assert texts(both.generate(asked(adapters))) == expected(server, adapters)
+        both.close()
+        assert server.adapters == {}
+        with pytest.raises(UserError, match=r"load_lora_adapter: HTTP 401.*Unauthorized"):
+            engine(key_variable="PLAIN").load(adapters)
+        with pytest.raises(UserError, match="HTTP 401"):
+            engine()
+        monkeypatch.setenv("PLAIN", "")
+        with pytest.raises(UserError, match="variable PLAIN is empty"):
+            engine(key_variable="PLAIN")

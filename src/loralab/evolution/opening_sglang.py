@@ -44,9 +44,7 @@ def open_sglang(config: EvolveConfig) -> Workbench:
     served = ServedModel.of(config.model, model, tokenizer)
     weights = targeted_weights(model, config.adapter)
     del model
-    link = (
-        _connected(served, options) if options.url else _started(config, served, options, weights)
-    )
+    link = connected(served, options) if options.url else _started(config, served, options, weights)
     try:
         engine = SglangEngine(served, link, options)
     except BaseException:
@@ -55,7 +53,8 @@ def open_sglang(config: EvolveConfig) -> Workbench:
     return Workbench(engine, weights, _no_model, close=engine.close)
 
 
-def _connected(served: ServedModel, options: SglangConfig) -> Link:
+def connected(served: ServedModel, options: SglangConfig) -> Link:
+    """A link to the server at the options' url. Raises UserError as Link, or for a missing key."""
     assert options.url is not None
     what = f"server {options.url}"
     plain = bearer(options.key_variable, what)
