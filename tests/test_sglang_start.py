@@ -201,6 +201,14 @@ def test_what_a_killed_starter_left_ends_with_all_it_started(tmp_path: Path) -> 
     until(lambda: not any(map(runs, pids)))
 
 
+def test_without_sglang_the_way_to_it_is_told(saved: Path) -> None:
+    with pytest.raises(UserError, match=r"pip install sglang, or name the Python"):
+        open_workbench(config_for(saved, {"name": "sglang"}))
+    keyed = {"name": "sglang", "sglang": {"key_variable": "A_KEY"}}
+    with pytest.raises(UserError, match="gets a key of its own"):
+        open_workbench(config_for(saved, keyed))
+
+
 def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_server, "_LOOK", 0.05)
     words = ["sh", "-c", "echo first; echo no GPU here; exit 3"]

@@ -7,6 +7,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -76,6 +77,14 @@ def _started(
             "engine.sglang.key_variable is the key of a server at a url; one that is started here "
             "gets a key of its own: leave it out"
         )
+    python, *rest = options.command
+    # The word names this Python's environment.
+    first = sys.executable if python == "python" else python
+    if options.command == SglangConfig().command and find_spec("sglang") is None:
+        raise UserError(
+            "engine sglang: sglang is not installed here: pip install sglang, or name the Python "
+            "that has it in engine.sglang.command, or a server that runs in engine.sglang.url"
+        )
     key = secrets.token_urlsafe(32)
     # What a command line holds, every user of the machine can read.
     handle, secret = tempfile.mkstemp(prefix="loralab-sglang-", suffix=".yaml")
@@ -84,9 +93,6 @@ def _started(
     source = locate(config.model, DTYPES[config.dtype])
     modules = {other for name in weights for other in (name, *siblings(name))}
     leaves = sorted({name.rpartition(".")[2] for name in modules & set(served.shapes)})
-    python, *rest = options.command
-    # The word names this Python's environment, where sglang is installed or not.
-    first = sys.executable if python == "python" else python
 
     def command(port: int) -> list[str]:
         return [
