@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 import tiny
 from loralab.adapters.state import AdapterState, Factors
 from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
 from loralab.engines.vllm import VllmEngine
-from loralab.engines.vllm_members import MEMORY
 from loralab.engines.vllm_start import Options, check_device
 from loralab.errors import UserError
 from serving_contract import (
@@ -25,27 +23,12 @@ from serving_contract import (
     tiny_adapters,
     tiny_prompts,
 )
+from vllm_tiny import save_tiny
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 OPTIONS = Options(max_loras=3, max_rank=8, sequences=32, context=96, memory_gb=0.1)
 """Fewer places than members: 5 go through 3."""
-
-
-def save_tiny(folder: Path) -> Any:
-    """A tiny Llama with heads of a width that vLLM's attention on a CPU takes."""
-    config = tiny.CONFIGS["llama"]()
-    config.head_dim = 32
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            size = 0.25 if parameter.dim() >= 2 else 0.2
-            parameter.data.mul_(parameter.dim() < 2).add_(size * torch.randn_like(parameter))
-    model.eval()
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return model
 
 
 class TestVllm(ServingContract):
@@ -91,6 +74,7 @@ class TestVllm(ServingContract):
         engine = subject.engine
         assert isinstance(engine, VllmEngine)
         core, held, names = engine._core, list[int](), list[tuple[str, int]]()
+        folders = set[Path]()
         add = core.add_lora
 
         def watched(request: Any) -> Any:
@@ -99,6 +83,7 @@ class TestVllm(ServingContract):
             done = add(request)
             held.append(len(core.list_loras()))
             names.append((request.lora_name, request.lora_int_id))
+            folders.add(Path(request.lora_path).parent)
             return done
 
         monkeypatch.setattr(core, "add_lora", watched)
@@ -107,7 +92,7 @@ class TestVllm(ServingContract):
         assert max(held) == OPTIONS.max_loras < len(subject.adapters)
         assert len(held) == 2 * len(subject.adapters)
         assert len({n for n, _ in names}) == len({i for _, i in names}) == len(names)
-        assert not list(MEMORY.glob("loralab-member-*"))
+        assert not [file for folder in folders for file in folder.rglob("*.safetensors")]
         engine.load({})
         assert not core.list_loras()
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,13 +21,21 @@ from loralab.adapters.state import AdapterState, Factors
 from loralab.engines import vllm_start
 from loralab.engines.vllm_members import (
     RANKS,
-    Finite,
     MemberFiles,
+    MemberPlaces,
     allowed_rank,
-    check_shapes,
     padded,
 )
 from loralab.errors import UserError
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for the memory-backed folder."""
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr("loralab.engines.memory_folder.MEMORY", folder)
+    return folder
 
 
 def member(rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> AdapterState:
@@ -65,9 +77,9 @@ def test_padding_leaves_the_change_of_the_weights_as_it_is(rank: int, dtype: tor
         assert not made.B[:, b.shape[1] :].any()
 
 
-def test_peft_reads_the_scaling_back_from_a_padded_file(tmp_path: Path) -> None:
+def test_peft_reads_the_scaling_back_from_a_padded_file(memory: Path) -> None:
     state = member(3)
-    files = MemberFiles(tmp_path)
+    files = MemberFiles()
     number, folder = files.write(state)
     assert number == 1
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -81,79 +93,88 @@ def test_peft_reads_the_scaling_back_from_a_padded_file(tmp_path: Path) -> None:
         assert torch.equal(again.factors[name].B[:, :3], b)
 
 
-def test_files_have_new_names_and_go_away(tmp_path: Path) -> None:
-    files = MemberFiles(tmp_path)
+def test_files_have_new_names_and_go_away(memory: Path) -> None:
+    files = MemberFiles()
     made = [files.write(member(2, seed)) for seed in (0, 1, 0)]
     assert [number for number, _ in made] == [1, 2, 3]
     assert len({folder for _, folder in made}) == 3
-    assert all(folder.parent == tmp_path for _, folder in made)
+    assert all(memory in folder.parents for _, folder in made)
     files.remove(made[1][1])
-    assert sorted(tmp_path.iterdir()) == sorted([made[0][1], made[2][1]])
+    assert [folder.exists() for _, folder in made] == [True, False, True]
     files.close()
-    assert not list(tmp_path.iterdir())
+    assert not list(memory.iterdir())
 
 
-def test_files_of_an_engine_that_is_forgotten_go_away(tmp_path: Path) -> None:
-    files = MemberFiles(tmp_path)
+def test_files_of_an_engine_that_is_forgotten_go_away(memory: Path) -> None:
+    files = MemberFiles()
     files.write(member(2))
     del files
-    assert not list(tmp_path.iterdir())
+    assert not list(memory.iterdir())
 
 
 def test_a_member_that_memory_has_no_room_for_goes_to_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(disk))
-    # A folder that is not there has no room; most containers have one of 64 MB.
-    _, folder = MemberFiles(tmp_path / "missing").write(member(2))
-    assert folder.parent == disk
-    monkeypatch.setattr("loralab.engines.vllm_members._room", lambda _: 1000)
-    _, folder = MemberFiles(tmp_path).write(member(2))
-    assert folder.parent == disk
+    files = MemberFiles()
+    # Containers often have 64 MB of memory-backed files.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    _, folder = files.write(member(2))
+    assert disk in folder.parents
+    files.close()
+    assert not list(disk.iterdir())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="cannot write a member"):
-        MemberFiles(tmp_path / "missing").write(member(2))
+    with pytest.raises(UserError, match="cannot write"):
+        MemberFiles().write(member(2))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("part", ["A", "B"])
-def test_what_is_not_finite_is_named(part: str, value: float) -> None:
-    state = member(4)
-    assert Finite(torch.bfloat16).complaint(state) is None
-    name = list(state.factors)[2]
-    broken = Factors(*(t.clone() for t in state.factors[name]))
-    getattr(broken, part)[1, 0] = value
-    why = Finite(torch.bfloat16).complaint(
-        AdapterState({**state.factors, name: broken}, state.scaling)
+class Core:
+    """As much of vLLM's engine as places need."""
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+        self.seen: list[tuple[str, int]] = []
+
+    def add_lora(self, request: Any) -> None:
+        assert (Path(request.lora_path) / "adapter_model.safetensors").is_file()
+        self.held.append(request.lora_int_id)
+        self.seen.append((request.lora_name, request.lora_int_id))
+
+    def remove_lora(self, number: int) -> None:
+        self.held.remove(number)
+
+
+def test_members_share_places_and_the_busy_ones_keep_theirs(
+    memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LoRARequest(SimpleNamespace):
+        def __init__(self, name: str, number: int, path: str) -> None:
+            super().__init__(lora_name=name, lora_int_id=number, lora_path=path)
+
+    monkeypatch.setitem(
+        sys.modules, "vllm.lora.request", cast(Any, SimpleNamespace(LoRARequest=LoRARequest))
     )
-    assert why is not None
-    assert f"{part} of {name}" in why
-    assert "NaN" in why
-
-
-def test_a_number_that_the_engines_dtype_cannot_hold_is_not_finite() -> None:
-    state = member(4)
-    name = next(iter(state.factors))
-    state.factors[name].B[0, 0] = 1e6
-    assert Finite(torch.float32).complaint(state) is None
-    assert f"B of {name}" in str(Finite(torch.float16).complaint(state))
-
-
-def test_what_vllm_would_pass_over_in_silence_is_refused() -> None:
-    state = member(4)
-    shapes = {name: (f.B.shape[0], f.A.shape[1]) for name, f in state.factors.items()}
-    check_shapes("m", state, shapes, 8)
-    name = next(iter(shapes))
-    with pytest.raises(UserError, match=rf"adapter 'm': '{name}' is no linear module"):
-        check_shapes("m", state, {k: v for k, v in shapes.items() if k != name}, 8)
-    with pytest.raises(UserError, match=f"adapter 'm': {name} is .* the model's is 3 x 5"):
-        check_shapes("m", state, {**shapes, name: (3, 5)}, 8)
-    with pytest.raises(UserError, match=r"adapter 'm' has rank 4.*up to 1"):
-        check_shapes("m", state, shapes, 1)
-    with pytest.raises(UserError, match="adapter 'm' has no factors"):
-        check_shapes("m", AdapterState({}, 1.0), shapes, 8)
+    core = Core()
+    places = MemberPlaces(core, count=2)
+    states = {name: member(2, seed) for seed, name in enumerate("abc")}
+    places.load(states)
+    assert not core.held
+    busy = Counter[str]()
+    for name in ("a", "b", "a"):
+        places.hold(name, busy)
+    assert core.held == [1, 2]
+    busy["a"] = 1
+    places.hold("c", busy)
+    assert core.held == [1, 3]
+    assert places.lora("c").lora_int_id == 3
+    places.load({"a": states["b"]})
+    assert not core.held
+    places.hold("a", busy)
+    assert len({name for name, _ in core.seen}) == len({number for _, number in core.seen}) == 4
+    places.close()
+    assert not list(memory.iterdir())
 
 
 def test_without_vllm_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,20 +7,19 @@ prompt becomes tokens, when a completion ends, what its text is, and which error
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loralab.adapters.state import AdapterState
-from loralab.adapters.targets import linear_weights
-from loralab.engines.backend import BASE
 from loralab.engines.base import Completion, Progress, Request
-from loralab.engines.prompts import PromptEncoder
-from loralab.engines.stopping import Decoder, Row, end_tokens
+from loralab.engines.served import Finite, ServedModel, named
+from loralab.engines.stopping import Row
 from loralab.engines.vllm_flight import Flight, first_line
-from loralab.engines.vllm_members import Finite, MemberPlaces, allowed_rank, check_shapes
+from loralab.engines.vllm_members import MemberPlaces, allowed_rank
 from loralab.engines.vllm_start import Options, device_name, import_vllm, start
 from loralab.errors import UserError
 from loralab.models.load import DTYPES, locate
@@ -49,28 +48,19 @@ class VllmEngine:
     accepts: frozenset[str] = frozenset({"lora"})
 
     def __init__(self, model: str, dtype: str = "bfloat16", options: Options | None = None) -> None:
-        from transformers import AutoTokenizer
-
-        self._options = options or Options()
-        self._rank = allowed_rank(self._options.max_rank)
+        options = options or Options()
+        self._rank = allowed_rank(options.max_rank)
         vllm = import_vllm()
-        self._dtype = DTYPES[dtype]
-        source = locate(model, self._dtype)
-        config, generation, self._shapes = _described(source)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self._encoder = PromptEncoder(self.tokenizer)
-        ends = end_tokens(SimpleNamespace(config=config, generation_config=generation),
-                          self.tokenizer)  # fmt: skip
-        self._decoder = Decoder(self.tokenizer, ends)
-        self._llm: Any = start(vllm, source, dtype, self._options)
-        self.context: int = self._llm.model_config.max_model_len
-        shared = self._options.tensor_parallel
-        self.kernel = f"vllm {vllm.__version__} {dtype} on {f'{shared} x ' * (shared > 1)}" + (
-            device_name()
-        )
-        self._core = self._llm.llm_engine
-        self._places = MemberPlaces(self._core, self._options.max_loras)
+        source = locate(model, DTYPES[dtype])
+        self._model = _described(model, source, DTYPES[dtype])
+        llm = start(vllm, source, dtype, options)
+        # vLLM's own, which the memory for its cache may have cut.
+        self._model = replace(self._model, context=llm.model_config.max_model_len)
+        self._core: Any = llm.llm_engine
+        self._places = MemberPlaces(self._core, options.max_loras)
         self._sick: dict[str, str] = {}
+        shared = f"{options.tensor_parallel} x " if options.tensor_parallel > 1 else ""
+        self.kernel = f"vllm {vllm.__version__} {dtype} on {shared}{device_name()}"
 
     def load(self, adapters: Mapping[str, AdapterState]) -> None:
         """Replace the loaded adapters. Raises UserError, before anything changes, for one that
@@ -81,8 +71,13 @@ class VllmEngine:
                     f"adapter {name!r} is of kind {state.kind!r}: vLLM runs "
                     f"{', '.join(sorted(self.accepts))} only"
                 )
-            check_shapes(name, state, self._shapes, self._rank)
-        finite = Finite(self._dtype)
+            self._model.check(name, state)
+            if state.rank > self._rank:
+                raise UserError(
+                    f"adapter {name!r} has rank {state.rank}: this engine was started for ranks "
+                    f"up to {self._rank}; start it with a larger max_rank"
+                )
+        finite = Finite(self._model.dtype)
         complaints = {name: finite.complaint(state) for name, state in adapters.items()}
         self._places.load(adapters)
         self._sick = {name: why for name, why in complaints.items() if why is not None}
@@ -118,10 +113,11 @@ class VllmEngine:
                     f"{HOTTEST:g} at most; lower generation.temperature or use engine.name: batched"
                 )
         rows = [self._row(index, request) for index, request in enumerate(requests)]
-        self._core.reset_prefix_cache()
         adapters = [request.adapter for request in requests]
-        Flight(self._core, self._places, self._decoder, rows, adapters, progress).finish()
-        return [_named(row, request) for row, request in zip(rows, requests, strict=True)]
+        self._core.reset_prefix_cache()
+        decoder = self._model.decoder
+        Flight(self._core, self._places, decoder, rows, adapters, progress).finish()
+        return [named(row, request) for row, request in zip(rows, requests, strict=True)]
 
     def close(self) -> None:
         """Give back vLLM's memory and remove every file."""
@@ -129,43 +125,23 @@ class VllmEngine:
         self._core.engine_core.shutdown()
 
     def _row(self, index: int, request: Request) -> Row:
-        prompt = self._encoder.encode(request.prompt)
-        limit = min(request.sampling.max_new_tokens, self.context - len(prompt))
-        row = Row(index, prompt, BASE, limit, request.sampling, self._decoder)
-        if request.adapter in self._sick:
+        row = self._model.row(index, request)
+        if request.adapter in self._sick and row.completion is None:
             row.fail(self._sick[request.adapter])
-        elif not prompt:
-            row.fail("the prompt is empty and the tokenizer has no beginning-of-sequence token")
-        elif limit < 1:
-            row.fail(
-                f"the prompt has {len(prompt)} tokens, which leaves no room in the context of "
-                f"{self.context}: shorten it"
-            )
         return row
 
 
-def _described(source: str) -> tuple[Any, Any, dict[str, tuple[int, ...]]]:
-    """Config, generation config (None without one), and (out, in) of the linear modules."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def _described(name: str, source: str, dtype: torch.dtype) -> ServedModel:
+    """The model's modules and what its tokens mean, without its weights. Raises UserError."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise UserError(f"model {source!r}: {first_line(error)}") from error
-    shapes = {name: tuple(weight.shape) for name, weight in linear_weights(model).items()}
-    try:
-        return config, GenerationConfig.from_pretrained(source), shapes
-    except OSError:
-        return config, None, shapes
-
-
-def _named(row: Row, request: Request) -> Completion:
-    """The row's completion, an error with the adapter's name before it."""
-    done = row.completion
-    assert done is not None
-    if done.error is None:
-        return done
-    owner = "base model" if request.adapter is None else f"adapter {request.adapter!r}"
-    return Completion(done.text, done.tokens, done.finish_reason, f"{owner}: {done.error}")
+        raise UserError(f"model {name!r}: {first_line(error)}") from error
+    with suppress(OSError):  # a model without one ends where its config says
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return ServedModel.of(name, model, tokenizer)

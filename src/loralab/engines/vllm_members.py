@@ -1,4 +1,4 @@
-"""Members on their way into vLLM: a rank it allows, nothing that is not finite, a file each.
+"""Members on their way into vLLM: a rank it allows, a file each, a place for some of them.
 
 vLLM reads adapters from paths alone. A member's file lies in memory where there is a memory-backed
 folder, under a name never used before, and is gone as soon as vLLM has read it.
@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
 from loralab.adapters.state import AdapterState, Factors
+from loralab.engines.memory_folder import MemoryFolder
 from loralab.errors import UserError
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as its largest rank (`MaxLoRARanks` in its `config/lora.py`)."""
 
-MEMORY = Path("/dev/shm")
 _ROOM = 2
 """Times a member's size that must be free in memory: containers often get 64 MB of it."""
 
@@ -52,103 +49,49 @@ def padded(state: AdapterState) -> AdapterState:
     return AdapterState(factors, state.scaling)
 
 
-def check_shapes(
-    name: str, state: AdapterState, shapes: Mapping[str, tuple[int, ...]], max_rank: int
-) -> None:
-    """Raise UserError unless each factor fits a linear module (out, in) of the model.
-
-    vLLM itself ignores a module that it does not have, and serves the base model there.
-    """
-    if not state.factors:
-        raise UserError(f"adapter {name!r} has no factors: load it nowhere, or ask the base model")
-    if state.rank > max_rank:
-        raise UserError(
-            f"adapter {name!r} has rank {state.rank}: this engine was started for ranks up to "
-            f"{max_rank}; raise engine.vllm.max_rank"
-        )
-    for module, (a, b) in state.factors.items():
-        if module not in shapes:
-            raise UserError(f"adapter {name!r}: {module!r} is no linear module below the head")
-        if (b.shape[0], a.shape[1]) != shapes[module]:
-            raise UserError(
-                f"adapter {name!r}: {module} is {b.shape[0]} x {a.shape[1]}; the model's is "
-                f"{' x '.join(map(str, shapes[module]))}"
-            )
-
-
-class Finite:
-    """Finds numbers that a dtype cannot hold; a tensor that members share is looked at once."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._limit = torch.finfo(dtype).max
-        self._sound: dict[int, bool] = {}
-
-    def complaint(self, state: AdapterState) -> str | None:
-        """What is wrong with the member's factors; None if nothing."""
-        for module, factors in state.factors.items():
-            for part, tensor in zip("AB", factors, strict=True):
-                if not self._is_sound(tensor):
-                    return f"{part} of {module} holds NaN or a number that is not finite"
-        return None
-
-    def _is_sound(self, tensor: Tensor) -> bool:
-        key = id(tensor)
-        if key not in self._sound:
-            # The largest of numbers among which one is NaN is NaN, and no comparison holds of it.
-            self._sound[key] = tensor.numel() == 0 or bool(tensor.abs().max() <= self._limit)
-        return self._sound[key]
-
-
 class MemberFiles:
-    """Folders that vLLM reads members from; all are gone when this is closed or the process ends.
+    """Folders that vLLM reads members from; all are gone when this is closed or the process ends,
+    and what a killed process left, when the next one makes its own.
 
     Raises UserError where nothing can be written.
     """
 
-    def __init__(self, memory: Path = MEMORY) -> None:
-        self._memory = memory
+    def __init__(self) -> None:
+        self._memory = MemoryFolder()
+        self._disk: MemoryFolder | None = None
         self._made = 0
-        self._folders: list[Path] = []
-        self._close = weakref.finalize(self, _remove, self._folders)
 
     def write(self, state: AdapterState) -> tuple[int, Path]:
         """Save a padded member; a number never used before, and the folder it is in."""
         made = padded(state)
         size = sum(t.numel() * t.element_size() for f in made.factors.values() for t in f)
         self._made += 1
-        root = self._memory if _room(self._memory) > _ROOM * size else None
+        folder = self._root(size) / str(self._made)
         try:
-            folder = Path(tempfile.mkdtemp(prefix=f"loralab-member-{self._made}-", dir=root))
-            self._folders.append(folder)
             made.save(folder)
         except OSError as error:
             raise UserError(
-                f"cannot write a member of {size / 1e6:.0f} MB to "
-                f"{root or tempfile.gettempdir()}: {error.strerror or error}; free some space or "
-                "set TMPDIR"
+                f"cannot write a member of {size / 1e6:.0f} MB to {folder.parent}: "
+                f"{error.strerror or error}; free some space or set TMPDIR"
             ) from error
         return self._made, folder
 
     def remove(self, folder: Path) -> None:
         """Take away what vLLM has read."""
         shutil.rmtree(folder, ignore_errors=True)
-        self._folders.remove(folder)
 
     def close(self) -> None:
         """Take away what is left."""
-        self._close()
+        self._memory.close()
+        if self._disk is not None:
+            self._disk.close()
 
-
-def _room(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0
-
-
-def _remove(folders: list[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    def _root(self, size: int) -> Path:
+        """In memory if a member has room there, else among temporary files."""
+        if shutil.disk_usage(self._memory.path).free > _ROOM * size:
+            return self._memory.path
+        self._disk = self._disk or MemoryFolder(tempfile.gettempdir())
+        return self._disk.path
 
 
 class MemberPlaces:
