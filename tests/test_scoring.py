@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from loralab import tasks
-from loralab.bench.resilience_task import FAULTS, NEEDS_A_DEADLINE, Faulty, installed
+from loralab.bench.resilience.task import FAULTS, NEEDS_A_DEADLINE, Faulty, installed
 from loralab.engines.base import Completion
 from loralab.errors import UserError
 from loralab.rollouts import Batch, Rollout, refuse_failures

@@ -29,7 +29,7 @@ from loralab.run_cli import STOPPED
 _MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
 _BENCHES = (
     *("population", "inits", "adapters", "sinks", "baselines", "sft", "dpo", "pretrain"),
-    *("faults", "collapse"),
+    *("faults", "collapse", "resilience"),
 )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralab import ranks
 from loralab.errors import UserError
+from loralab.interrupt import Interrupt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,12 +19,17 @@ STOPPED = 130
 """Exit code of what the user stopped."""
 
 
+def _exit_code(complete: bool) -> int:
+    """A run that SIGTERM asked to stop, and that stopped in order, did what its machine asked: it
+    ends well. One that a user interrupts is a command that did not come to its end."""
+    return 0 if complete or Interrupt.asked_by is signal.SIGTERM else STOPPED
+
+
 def demo(arguments: argparse.Namespace) -> int:
     """Evolve the packaged model."""
     from loralab.demo import demo
 
-    complete = demo(arguments.overrides, arguments.run_dir, _console())
-    return 0 if complete else STOPPED
+    return _exit_code(demo(arguments.overrides, arguments.run_dir, _console()))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
                 run, result = pipeline.start(config, directory, display)
     if run.leads:
         say_end(run, result.complete, console)
-    return 0 if result.complete else STOPPED
+    return _exit_code(result.complete)
 
 
 def _dry_run(config: Any, run_dir: str | None) -> int:
