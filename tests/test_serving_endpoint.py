@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
+from loralab import cli
 from loralab.engines import endpoint
 from loralab.engines.base import Request, Sampling
 from loralab.engines.batched import BatchedEngine
@@ -145,3 +148,27 @@ def test_adapters_cannot_be_loaded(server: ModelServer) -> None:
     engine = EndpointEngine(server.url, "m")
     with pytest.raises(UserError, match="name them as models"):
         engine.load({"a": tiny.adapter(tiny.model("llama"), seed=1)})
+
+
+def test_a_model_on_a_server_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("A_KEY", "secret")
+
+    def short(body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
+        assert headers["Authorization"] == "Bearer secret"
+        return {"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
+
+    words = ["eval", NAME, "--task", "conciseness", "--limit", "3", "--json"]
+    with serving(ModelServer({"POST /v1/chat/completions": short})) as server:
+        where = ["--endpoint", f"{server.url}/v1", "--key-variable", "A_KEY"]
+        assert cli.main([*words, *where, "--out", str(tmp_path / "out")]) == 0
+        assert len(server.asked) == 3
+        assert {body["model"] for body in server.bodies("/v1/chat/completions")} == {NAME}
+        assert cli.main([*words, *where, "--adapter", "x", "--out", str(tmp_path / "b")]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert [row["completion"] for row in told["completions"]] == ["yes"] * 3
+    assert cli.main([*words, "--key-variable", "A_KEY", "--out", str(tmp_path / "c")]) == 2
+    config = (tmp_path / "out" / "config.yaml").read_text()
+    assert server.url in config
+    assert "secret" not in config

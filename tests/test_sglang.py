@@ -186,6 +186,16 @@ def test_a_server_that_was_started_anew_gets_its_adapters_again(server: FakeSgla
     engine.close()
 
 
+def test_another_server_in_its_place_ends_the_run(server: FakeSglang) -> None:
+    engine = connect(server)
+    engine.load(tiny_adapters(server.model))
+    server.adapters.clear()
+    server.name = "other"
+    with pytest.raises(UserError, match=r"came back as 'sglang 0\.5\.23 other.*--resume"):
+        engine.generate(asked(tiny_adapters(server.model)))
+    engine.close()
+
+
 def test_a_server_that_is_gone_is_waited_for_and_then_given_up() -> None:
     with running() as server:
         adapters = tiny_adapters(server.model)

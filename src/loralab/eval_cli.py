@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loralab.errors import UserError
 
 if TYPE_CHECKING:
+    from loralab.engines.base import Engine
     from loralab.evaluate import Evaluation
     from loralab.subject import Subject
     from loralab.tasks.metrics import Estimate
@@ -33,6 +34,8 @@ def add(parser: argparse.ArgumentParser, task_options: Options) -> None:
     add("--k", type=_numbers, metavar="K,K", help="pass@k of these; default 1 and N, if N > 1")
     add("--shots", type=_numbers, metavar="N,N", help="solved examples in the prompt; one by one")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
+    add("--endpoint", metavar="URL", help="an OpenAI-compatible server, MODEL its name there")
+    add("--key-variable", metavar="NAME", help="environment variable with the server's key")
     add("--out", metavar="DIR", help="what is written, default runs/eval-TASK-DATE-TIME")
     add("--json", action="store_true", help="everything, completions included; a line per --shots")
     unsaid = {name: parser.get_default(name) for name in _OF_ANSWERS}
@@ -43,9 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate once for each number of shots; write, and print a table or JSON."""
     from loralab import tasks
     from loralab.config import GenerationConfig
+    from loralab.engines.endpoint import EndpointEngine
     from loralab.evaluate import engine_of, evaluate_into, wanted
     from loralab.run import Run
-    from loralab.subject import subject_of
+    from loralab.subject import Subject, subject_of
     from loralab.tasks.base import Continuous
 
     options = arguments.task_options(arguments)
@@ -54,11 +58,18 @@ def run(arguments: argparse.Namespace) -> int:
         (few, tasks.get(arguments.task, **options, **({} if few is None else {"shots": few})))
         for few in shots
     ]
-    subject = subject_of(arguments.model, arguments.adapter, arguments.dtype, arguments.device)
+    _refuse_of_a_server(arguments)
+    subject = (
+        subject_of(arguments.model, arguments.adapter, arguments.dtype, arguments.device)
+        if arguments.endpoint is None
+        else Subject(arguments.model)
+    )
     directory = _directory(arguments.out, arguments.task)
     asked = _asked(arguments, options, subject)
     if isinstance(made[0][1], Continuous):
         _refuse_of_answers(arguments)
+        if arguments.endpoint is not None:
+            raise UserError(f"{arguments.task} is a text: a server tells no perplexity of it")
         return _perplexity(arguments, made[0][1], subject, directory, asked)
     settings = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens,
@@ -75,7 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
     }
     for _, task in made:
         wanted(task, settings, arguments.split, arguments.limit, samples, k)
-    engine, adapter = engine_of(subject)
+    engine: Engine
+    if arguments.endpoint is not None:
+        key = arguments.key_variable
+        engine = EndpointEngine(arguments.endpoint, arguments.model, key_variable=key)
+        adapter = None
+    else:
+        engine, adapter = engine_of(subject)
     rows: list[list[str]] = []
     with Run.create(directory, asked) as written:
         for few, task in made:
@@ -130,6 +147,17 @@ def _refuse_of_answers(arguments: argparse.Namespace) -> None:
             )
 
 
+def _refuse_of_a_server(arguments: argparse.Namespace) -> None:
+    """A server's model is as the server loaded it."""
+    if arguments.endpoint is None:
+        if arguments.key_variable is not None:
+            raise UserError("--key-variable is the key of a server: give its --endpoint")
+        return
+    for name in ("adapter", "dtype"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} with --endpoint: the server has its model; leave it out")
+
+
 def _score_text(score: Estimate) -> str:
     """A score with its error, as "0.25 ± 0.04"."""
     from loralab.report.text import number
@@ -169,14 +197,18 @@ def _asked(
     arguments: argparse.Namespace, options: Mapping[str, Any], subject: Subject
 ) -> dict[str, Any]:
     """What `config.yaml` says of any evaluation; of one by answers, how they are made too."""
-    return {
-        "kind": "task-eval",
-        "name": f"eval-{arguments.task}",
+    here = {
         "model": subject.model,
         "adapter": subject.adapter,
         "dtype": subject.dtype,
         "device": subject.device,
         "quantization": subject.quantization,
+    }
+    there = {"model": arguments.model, "endpoint": arguments.endpoint}
+    return {
+        "kind": "task-eval",
+        "name": f"eval-{arguments.task}",
+        **(here if arguments.endpoint is None else there),
         "seed": arguments.seed,
         "task": {"name": arguments.task, "options": dict(options)},
         "split": arguments.split,

@@ -121,11 +121,23 @@ class Link:
         """Start our server anew, or wait until the other is back.
 
         Raises:
-            UserError: it does not come back in `start_timeout` seconds.
+            UserError: it does not come back in `start_timeout` seconds, or as another.
         """
+        before = self.kernel
         if self._own is not None:
             self._own.start()
-            return self._connect(self._own.url)
+            self._connect(self._own.url)
+        else:
+            self._wait()
+            self._connect(self.client.url)
+        if self.kernel != before:
+            raise UserError(
+                f"{self.client.url} came back as {self.kernel!r}, and was {before!r}: the same "
+                "adapter would write other text; start the first one again and resume the run "
+                "with --resume"
+            )
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + self._options.start_timeout
         while not healthy(self.client.url):
             if time.monotonic() > deadline:
@@ -134,7 +146,6 @@ class Link:
                     "start it again and resume the run with --resume"
                 )
             time.sleep(_LOOK)
-        return self._connect(self.client.url)
 
     def close(self) -> None:
         """End the server if it is ours."""
