@@ -8,8 +8,8 @@ from typing import Any
 
 from loralab.config.evolve import ClusterConfig
 from loralab.evolution.cluster.fleet import Lost
-from loralab.evolution.cluster.messages import unpack
-from loralab.evolution.cluster.worker import Files, Worker
+from loralab.evolution.cluster.messages import Files, unpack
+from loralab.evolution.cluster.worker import Worker
 from loralab.evolution.workbench import Open
 
 

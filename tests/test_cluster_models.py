@@ -116,8 +116,7 @@ def test_a_reward_that_hangs_costs_its_own_completions_alone(
         model_dir, {"actors": 1}, task={"name": "hanging"}, scoring={"deadline": 1.0}
     )
     worker = Worker(config.to_dict(), open_batched)
-    requests = [["ab cd", {"max_new_tokens": 4, "stop": []}]]
-    assert "error" not in unpack(worker.do(pack({"kind": "base", "requests": requests})))
+    assert "error" not in unpack(worker.do(pack({"kind": "open"})))
     batch = worker._examples.held_out
     made = worker._bench.engine.generate(batch.requests(None)[:2])
     judged = batch.__class__(**{**batch.__dict__, "examples": batch.examples[:2]}).judge(made)

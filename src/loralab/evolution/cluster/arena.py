@@ -158,7 +158,7 @@ class _Following:
 
     def unit(self, message: Message) -> Job:
         """A unit that answers with the text of its best rollout if that beats what is known."""
-        return lambda: {**message, "beat": self._beat}
+        return lambda: ({**message, "beat": self._beat}, {})
 
     def heard(self, _: int, answer: dict[str, Any]) -> None:
         """Take an answer. Raises UserError if it was worked out from another point."""
@@ -196,7 +196,7 @@ def files_under(folder: Path) -> dict[str, bytes]:
 
 
 def _piece_of(row: Message, places: Sequence[int]) -> Job:
-    return lambda: {**row, "places": places}
+    return lambda: ({**row, "places": places}, {})
 
 
 def _entry(generation: int, fitness: Any, held_out: float | None) -> Message:

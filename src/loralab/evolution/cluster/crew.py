@@ -12,7 +12,8 @@ from typing import Any
 from loralab.config.evolve import ClusterConfig
 from loralab.errors import UserError
 from loralab.evolution.cluster.fleet import Lost
-from loralab.evolution.cluster.worker import Files, Worker
+from loralab.evolution.cluster.messages import Files
+from loralab.evolution.cluster.worker import Worker
 from loralab.evolution.workbench import Open
 
 _LARGE = 2**16

@@ -11,57 +11,88 @@ from torch import Tensor
 from loralab.adapters.state import AdapterState
 from loralab.engines.base import Completion, Progress, Request
 from loralab.errors import UserError
-from loralab.evolution.cluster.fleet import Fleet
-from loralab.evolution.cluster.messages import Message
+from loralab.evolution.cluster.fleet import Fleet, Job
+from loralab.evolution.cluster.messages import Message, boxed
 from loralab.evolution.space import Centre
 from loralab.evolution.workbench import PopulationEngine
 from loralab.health.prompts import Prompt
 from loralab.health.reading import Reading
 
+_JOB = 32
+"""Requests of one job."""
+
 
 class ElsewhereEngine:
-    """Answers of the base come from an actor; members are met in a `ClusterArena`.
+    """Generates on whichever actors are free. A search does not load its members here: they are
+    made where they run, in a `ClusterArena`; adapters that are loaded here are sent.
 
-    kernel: of the actors. here: holds the weights that a merged model is saved from.
+    facts: what an actor says of its engine. here: holds the weights that a merged model is saved
+    from.
     """
 
-    accepts: frozenset[str] = frozenset()
-
-    def __init__(self, fleet: Fleet, kernel: str, here: PopulationEngine) -> None:
+    def __init__(self, fleet: Fleet, facts: Mapping[str, Any], here: PopulationEngine) -> None:
         self._fleet, self._here = fleet, here
-        self.kernel = kernel
+        self.kernel: str = facts["kernel"]
+        self.accepts: frozenset[str] = frozenset(facts["accepts"])
+        self._adapters: Mapping[str, AdapterState] = {}
+        self._moved = False
 
     def load(self, adapters: Mapping[str, AdapterState]) -> None:
-        """Raises UserError of any adapter: none is sent."""
-        if adapters:
-            raise UserError(
-                f"adapter {next(iter(adapters))!r}: a cluster makes the members of its search "
-                "itself and is sent none; load it into an engine here"
-            )
+        """Replace the loaded adapters. Raises UserError for a kind that the actors cannot run."""
+        for name, state in adapters.items():
+            if state.kind not in self.accepts:
+                raise UserError(
+                    f"adapter {name!r} is of kind {state.kind!r}: the engine on the cluster runs "
+                    f"{', '.join(sorted(self.accepts))} only"
+                )
+        self._adapters = dict(adapters)
 
     def set_base(self, changes: Mapping[str, Tensor]) -> None:
-        """Move the weights of this process, which are saved; actors move their own."""
+        """Move the weights of this process, which a merged model is saved from, and no others."""
         self._here.set_base(changes)
+        self._moved = bool(changes)
 
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
     ) -> list[Completion]:
-        """The base's completions, of one actor. Raises UserError for an adapter."""
+        """Completions in the order of the requests, on the true base.
+
+        Raises:
+            UserError: an adapter is unknown, or the weights were moved.
+        """
+        if self._moved:
+            raise UserError("the base was moved in this process alone: actors hold the true one")
         for request in requests:
-            if request.adapter is not None:
-                self.load({request.adapter: AdapterState({}, 1.0)})
-        asked = [(request.prompt, asdict(request.sampling)) for request in requests]
-        [answer] = self._fleet.run([lambda: {"kind": "base", "requests": asked}])
-        if progress is not None:
-            progress(len(requests), len(requests))
-        return [
-            Completion(text, tuple(tokens), reason, error)
-            for text, tokens, reason, error in answer["completions"]
-        ]
+            if request.adapter is not None and request.adapter not in self._adapters:
+                known = ", ".join(list(self._adapters)[:8]) or "none"
+                raise UserError(
+                    f"adapter {request.adapter!r} is not loaded (loaded: {known}): call load first"
+                )
+        # Those of one adapter together: it is sent to few actors then.
+        order = sorted(range(len(requests)), key=lambda at: requests[at].adapter or "")
+        pieces = [order[at : at + _JOB] for at in range(0, len(order), _JOB)]
+        found: dict[int, Completion] = {}
+
+        def heard(place: int, answer: Mapping[str, Any]) -> None:
+            for at, (text, tokens, reason, error) in zip(
+                pieces[place], answer["completions"], strict=True
+            ):
+                found[at] = Completion(text, tuple(tokens), reason, error)
+            if progress is not None:
+                progress(len(found), len(requests))
+
+        self._fleet.run([self._job([requests[at] for at in piece]) for piece in pieces], heard)
+        return [found[at] for at in range(len(requests))]
 
     def looked(self, prompts: Sequence[Prompt], seed: int) -> LookedElsewhere:
         """What looks at the search's points where they are; its seed is that of the config."""
         return LookedElsewhere(self._fleet, prompts)
+
+    def _job(self, requests: Sequence[Request]) -> Job:
+        names = {request.adapter for request in requests if request.adapter is not None}
+        rows, files = boxed({name: self._adapters[name] for name in sorted(names)})
+        asked = [(one.prompt, one.adapter, asdict(one.sampling)) for one in requests]
+        return lambda: ({"kind": "serve", "requests": asked, "adapters": rows}, files)
 
 
 class LookedElsewhere:
@@ -81,5 +112,5 @@ class LookedElsewhere:
 
     def _asked(self, kind: str, generation: int) -> dict[str, Any]:
         message: Message = {"kind": kind, "generation": generation, "prompts": self._prompts}
-        [answer] = self._fleet.run([lambda: message])
+        [answer] = self._fleet.run([lambda: (message, {})])
         return answer

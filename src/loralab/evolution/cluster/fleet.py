@@ -13,15 +13,16 @@ from time import monotonic
 from typing import Any, Protocol
 
 from loralab.errors import UserError
-from loralab.evolution.cluster.messages import Message, pack, unpack
-from loralab.evolution.cluster.worker import Files
+from loralab.evolution.cluster.messages import Files, Message, pack, unpack
 from loralab.evolution.events import Notice, OnEvent
 
-Job = Callable[[], Message]
-"""Makes a message when an actor is there for it."""
+Job = Callable[[], tuple[Message, Files]]
+"""Makes a message, and what goes beside it, when an actor is there for it."""
 Heard = Callable[[int, dict[str, Any]], None]
 """Called with a job's place and its answer, as answers come."""
 
+_OWN = ("open", "begin", "advance")
+"""Messages of the fleet itself; all others are jobs."""
 _STEP = 1.0
 """Seconds of waiting after which a signal to this process is seen at the latest."""
 
@@ -144,9 +145,6 @@ class Fleet:
             UserError: an actor met something that the user can mend, or none is left.
         """
         waiting, answers = deque(range(len(jobs))), dict[int, dict[str, Any]]()
-        for slot in self._slots:
-            if slot.actor is None and slot.losses <= self.restarts:
-                self._hire(slot)
         try:
             while len(answers) < len(jobs):
                 self._prepare()
@@ -154,7 +152,7 @@ class Fleet:
                     if waiting and self._ready(slot):
                         place = waiting.popleft()
                         slot.job = place
-                        self._send(slot, jobs[place]())
+                        self._send(slot, *jobs[place]())
                 self._settle(waiting, answers, heard)
         except BaseException:
             self._forget()
@@ -215,7 +213,10 @@ class Fleet:
             job, slot.job = slot.job, None
             ticket, slot.ticket = slot.ticket, None
             try:
-                answer = self._heard(slot, self.crew.answer(ticket))
+                data = self.crew.answer(ticket)
+                if job is None and slot.kind not in _OWN:
+                    continue
+                answer = self._heard(slot, data)
             except Lost as loss:
                 if job is not None:
                     waiting.appendleft(job)
@@ -278,12 +279,9 @@ class Fleet:
             self._hire(slot)
 
     def _forget(self) -> None:
-        """Dismiss whoever is at a job whose answer nobody waits for any longer."""
+        """Nobody waits any longer for what actors are at; they finish it and are free again."""
         for slot in self._slots:
-            if slot.job is not None:
-                self.crew.dismiss(slot.actor)
-                slot.actor = slot.ticket = slot.job = slot.told = None
-                slot.opened = False
+            slot.job = None
 
 
 def _name(slot: _Slot) -> str:

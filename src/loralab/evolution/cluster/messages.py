@@ -12,11 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from safetensors.torch import load, save
+
+from loralab.adapters.state import AdapterState, Factors
 from loralab.health.population import loops
 from loralab.rollouts import Rollout
 from loralab.tasks.base import Example, Prompt, Score
 
 Message = Mapping[str, Any]
+Files = Mapping[str, bytes]
+"""What goes beside a message as it is, by name."""
 
 _HASH = 4
 _NAMES = {True: "1", False: "0", None: "-"}
@@ -92,6 +97,34 @@ def restored(row: Message, example: Example, prompt: Prompt) -> Rollout:
     """The rollout that `in_full` told of."""
     score = Score(row["reward"], row["correct"], row["parts"])
     return Rollout(example, prompt, row["text"], row["tokens"], score, row["failed"])
+
+
+def boxed(adapters: Mapping[str, AdapterState]) -> tuple[list[Any], dict[str, bytes]]:
+    """Adapters as part of a message and the files beside it, for `loaded`."""
+    rows, files = list[Any](), dict[str, bytes]()
+    for number, (name, state) in enumerate(adapters.items()):
+        modules = list(state.factors)
+        rows.append([name, modules, state.scaling, state.kind])
+        tensors = {
+            f"{at}.{part}": tensor.detach().cpu().contiguous()
+            for at, module in enumerate(modules)
+            for part, tensor in zip("AB", state.factors[module], strict=True)
+        }
+        files[f"{number}.safetensors"] = save(tensors)
+    return rows, files
+
+
+def loaded(rows: Sequence[Any], files: Files) -> dict[str, AdapterState]:
+    """The adapters that `boxed` packed, to the last bit."""
+    adapters = {}
+    for number, (name, modules, scaling, kind) in enumerate(rows):
+        tensors = load(files[f"{number}.safetensors"])
+        factors = {
+            module: Factors(tensors[f"{at}.A"], tensors[f"{at}.B"])
+            for at, module in enumerate(modules)
+        }
+        adapters[name] = AdapterState(factors, scaling, kind)
+    return adapters
 
 
 def _hashed(text: str) -> str:

@@ -43,7 +43,7 @@ def open_site(config: EvolveConfig, open_workbench: Open, on_event: OnEvent) -> 
                 f"model {config.model!r} on {facts['node']} is not the one that this process "
                 "reads: every node needs the same model"
             )
-        engine = ElsewhereEngine(fleet, facts["kernel"], here.engine)
+        engine = ElsewhereEngine(fleet, facts, here.engine)
         yield Site(fleet, replace(here, engine=engine))
     finally:
         fleet.close()

@@ -31,7 +31,15 @@ from loralab.evolution.arena import (
     scorer_of,
 )
 from loralab.evolution.centre import Looked, subject_of
-from loralab.evolution.cluster.messages import Message, in_full, outlined, pack, unpack
+from loralab.evolution.cluster.messages import (
+    Files,
+    Message,
+    in_full,
+    loaded,
+    outlined,
+    pack,
+    unpack,
+)
 from loralab.evolution.journal import Header
 from loralab.evolution.layout import Floats
 from loralab.evolution.outputs import cast_adapter
@@ -46,7 +54,6 @@ from loralab.rollouts import Batch, Rollout
 from loralab.tasks.base import Task
 from loralab.timings import Timings
 
-Files = Mapping[str, bytes]
 _VERSIONS = ("loralab", "python", "torch", "numpy", "cpu")
 
 
@@ -76,7 +83,7 @@ class Worker:
                 "test": self._tested,
                 "look": self._looked,
                 "reach": self._reached,
-                "base": self._of_base,
+                "serve": self._served,
             }
             return pack(jobs[job["kind"]](job, files or {}))
         except UserError as error:
@@ -101,6 +108,7 @@ class Worker:
         versions = describe()
         return {
             "kernel": self._bench.engine.kernel,
+            "accepts": sorted(self._bench.engine.accepts),
             "model": fingerprint(self._bench.weights),
             "examples": examples_digest(self._task),
             "node": platform.node(),
@@ -211,15 +219,17 @@ class Worker:
         point = replace(made.centre, adapter=made.members[0])
         return {"digest": _digest(state), "divergence": self._subject(job).divergence(point)}
 
-    def _of_base(self, job: Message, files: Files) -> dict[str, Any]:
-        """What the base answers."""
+    def _served(self, job: Message, files: Files) -> dict[str, Any]:
+        """Completions of the base, and of adapters that come with the message."""
         engine = self._bench.engine
-        engine.set_base({})
         requests = [
-            Request(prompt, None, Sampling(**{**sampling, "stop": tuple(sampling["stop"])}))
-            for prompt, sampling in job["requests"]
+            Request(prompt, adapter, Sampling(**{**sampling, "stop": tuple(sampling["stop"])}))
+            for prompt, adapter, sampling in job["requests"]
         ]
+        engine.set_base({})
+        engine.load(loaded(job["adapters"], files))
         made = engine.generate(requests)
+        engine.load({})
         return {"completions": [[c.text, c.tokens, c.finish_reason, c.error] for c in made]}
 
     def _answered(
