@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -209,7 +210,10 @@ def test_without_sglang_the_way_to_it_is_told(saved: Path) -> None:
         open_workbench(config_for(saved, keyed))
 
 
-def test_a_server_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_start_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the logs of what failed stay
     monkeypatch.setattr(own_server, "_LOOK", 0.05)
     words = ["sh", "-c", "echo first; echo no GPU here; exit 3"]
     with pytest.raises(UserError, match=r"ended before it was ready \(log: .*no GPU here"):
