@@ -20,6 +20,7 @@ from serving_contract import (
     ServingContract,
     Subject,
     ending_request,
+    poisoned,
     tiny_adapters,
     tiny_prompts,
 )
@@ -95,6 +96,57 @@ class TestVllm(ServingContract):
         assert not [file for folder in folders for file in folder.rglob("*.safetensors")]
         engine.load({})
         assert not core.list_loras()
+
+    def test_cancelling_leaves_nothing_in_vllm(self, subject: Subject) -> None:
+        engine = subject.engine
+        assert isinstance(engine, VllmEngine)
+        engine.load(subject.adapters)
+
+        def stop(done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(subject.requests(40), stop)
+        assert not engine._core.has_unfinished_requests()
+
+    def test_a_member_with_nan_is_not_loaded(
+        self, subject: Subject, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = subject.engine
+        assert isinstance(engine, VllmEngine)
+        engine.load({"sick": poisoned(subject.adapters["m1"])})
+        monkeypatch.setattr(engine._core, "add_lora", None)
+        done = engine.generate([Request("ab", "sick")])[0]
+        module = list(subject.adapters["m1"].factors)[-1]
+        assert str(done.error).startswith(f"adapter 'sick': B of {module} holds NaN")
+
+    def test_a_member_that_vllm_does_not_load_fails_alone(
+        self, subject: Subject, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine, requests = subject.engine, subject.requests()
+        assert isinstance(engine, VllmEngine)
+        plain, add = subject.generate(requests), engine._core.add_lora
+        engine.load(subject.adapters)
+        calls = list[int]()
+
+        def picky(request: Any) -> None:
+            calls.append(request.lora_int_id)
+            if len(calls) == 2:
+                raise ValueError("expected target modules\nand more")
+            add(request)
+
+        monkeypatch.setattr(engine._core, "add_lora", picky)
+        done = engine.generate(requests)
+        failed = {r.adapter for r, c in zip(requests, done, strict=True) if c.error is not None}
+        assert len(failed) == 1
+        for request, before, after in zip(requests, plain, done, strict=True):
+            if request.adapter in failed:
+                said = (
+                    f"adapter {request.adapter!r}: vLLM does not load it: expected target modules"
+                )
+                assert after.error == said
+            else:
+                assert after == before
 
     def test_a_member_stays_while_there_is_room(
         self, subject: Subject, monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,8 @@ class VllmEngine:
     accepts: frozenset[str] = frozenset({"lora"})
 
     def __init__(self, model: str, dtype: str = "bfloat16", options: Options | None = None) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; expected {' or '.join(map(repr, DTYPES))}")
         options = options or Options()
         self._rank = allowed_rank(options.max_rank)
         vllm = import_vllm()

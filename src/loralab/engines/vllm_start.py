@@ -97,6 +97,8 @@ def start(vllm: Any, source: str, dtype: str, options: Options) -> Any:
                 skip_tokenizer_init=True,
                 enable_lora=True,
                 seed=0,
+                # Never pickles, which it would take where there is nothing else.
+                load_format="safetensors",
                 use_tqdm_on_load=False,
                 # The metrics of a request are where NaN is told.
                 disable_log_stats=False,
