@@ -87,7 +87,7 @@ TEXT = (
             over_base("loss.all", t.GARBLED_LOSS),
             _UNLEARNED,
         ),
-        warn=(over_base("loss.all", t.LOSS_GAP),),
+        warn=(over_base("loss.all", t.LOSS_ALONE),),
         evidence="symptom",
     ),
     Rule(

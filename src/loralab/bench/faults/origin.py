@@ -25,8 +25,8 @@ _JUDGES = (
     *("health/trackers.py", "bench/faults/__init__.py", "bench/faults/command.py"),
     *("bench/faults/items.py", "bench/faults/judgement.py", "bench/faults/left_out.py"),
     *("bench/faults/limits.py", "bench/faults/margins.py", "bench/faults/origin.py"),
-    *("bench/faults/page.py", "bench/faults/peers.py", "bench/faults/sections.py"),
-    "bench/faults/statistics.py",
+    *("bench/faults/page.py", "bench/faults/peers.py", "bench/faults/reached.py"),
+    *("bench/faults/sections.py", "bench/faults/statistics.py"),
 )
 """Of `health` and of this benchmark, what takes no part in a run's numbers."""
 
