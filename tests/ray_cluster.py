@@ -63,6 +63,8 @@ def nodes_of(count: int) -> Iterator[Nodes]:
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray starts workers at 15: beside anything else on this machine they would not get on.
+    os.environ["RAY_worker_niceness"] = "0"
     try:
         nodes = Nodes(count)
         try:

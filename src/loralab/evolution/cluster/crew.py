@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from loralab.config.evolve import ClusterConfig
@@ -81,7 +82,8 @@ class RayCrew:
             raise Lost(_one_line(error)) from error
 
     def dismiss(self, actor: Any) -> None:
-        self._ray.kill(actor, no_restart=True)
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.kill(actor, no_restart=True)
 
     def close(self) -> None:
         """Leave the cluster, and end it where it was started here."""
@@ -111,6 +113,9 @@ def _join(ray: Any, cluster: ClusterConfig) -> None:
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """Ray ends the process at SIGTERM; ours finishes its generation first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

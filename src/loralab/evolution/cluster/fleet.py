@@ -246,7 +246,6 @@ class Fleet:
         if "error" in answer:
             if answer["mendable"]:
                 raise UserError(f"{_name(slot)}: {answer['error']}")
-            self.crew.dismiss(slot.actor)
             raise Lost(answer["error"])
         return {**answer, "by": _name(slot), "versions": slot.versions}
 
@@ -267,6 +266,8 @@ class Fleet:
 
     def _replace(self, slot: _Slot, why: str) -> None:
         """Hire anew for an actor that was lost, unless it was lost too often."""
+        # It may be the answer alone that was lost: two would want the place of one.
+        self.crew.dismiss(slot.actor)
         slot.losses += 1
         slot.opened, slot.told, self._why = False, None, why
         if slot.losses > self.restarts:
