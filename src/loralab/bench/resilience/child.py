@@ -74,7 +74,7 @@ class Launcher:
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        self._folder, self._number = folder, 0
+        self.folder, self._number = folder, 0
         self._process = subprocess.Popen(
             [sys.executable, "-m", "loralab.bench.resilience.launcher"],
             stdin=subprocess.PIPE,
@@ -87,7 +87,7 @@ class Launcher:
     def start(self, argv: Sequence[str], prepare: str | None = None, **options: Any) -> Child:
         """Begin `loralab ARGV`. prepare: "module:function", called in it before, with options."""
         self._number += 1
-        output = self._folder / f"output-{self._number}.txt"
+        output = self.folder / f"output-{self._number}.txt"
         words = [*map(str, argv)]
         row = {"argv": words, "output": str(output), "prepare": prepare, "options": options}
         return Child(self, self.ask(**row)["pid"], output)

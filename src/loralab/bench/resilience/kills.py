@@ -161,10 +161,11 @@ def _progress(path: Path) -> str:
 
 def _told(child: Child, path: Path) -> str:
     """The line of a run that tells that it went on."""
-    marks = ("resumed at generation", "lost", "again elsewhere")
     for line in child.said.splitlines():
-        if any(mark in line for mark in marks):
+        if " is gone: " in line:
             return general(shown(line, path))
+        if "resumed at generation" in line:
+            return general(line[line.index("resumed at generation") :])
     return ""
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -34,14 +35,17 @@ def main() -> None:
     os.dup2(2, 1)
     print(json.dumps({"ready": True}), file=answers)
     children: set[int] = set()
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            said: dict[str, Any] = {"code": _ended(asked["wait"], asked["timeout"])}
-        else:
-            said = {"pid": _fork(asked)}
-            children.add(said["pid"])
-        print(json.dumps(said), file=answers)
+    with suppress(EOFError):
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if "wait" in asked:
+                said: dict[str, Any] = {"code": _ended(asked["wait"], asked["timeout"])}
+                if said["code"] is not None:
+                    children.discard(asked["wait"])
+            else:
+                said = {"pid": _fork(asked)}
+                children.add(said["pid"])
+            print(json.dumps(said), file=answers)
     for child in children:
         with suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
@@ -76,7 +80,7 @@ def _fork(asked: dict[str, Any]) -> int:
 
 
 def _ended(child: int, seconds: float) -> int | None:
-    """How a child ended, None if it has not yet."""
+    """How a child ended, None if it has not yet. Raises EOFError if whoever asked is gone."""
     until = time.monotonic() + seconds
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -84,7 +88,9 @@ def _ended(child: int, seconds: float) -> int | None:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > until:
             return None
-        time.sleep(0.002)
+        # Whoever asked says nothing while it waits, but for its end.
+        if select.select([sys.stdin], [], [], 0.002)[0]:
+            raise EOFError
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from loralab.bench.resilience.world import Scene
 from loralab.errors import UserError
 from loralab.tasks.conciseness import Conciseness
 
-DEADLINE = 2.0
+DEADLINE = 4.0
 """Seconds for one completion, where a reward hangs."""
 _SHARE = 0.12
 """Of all texts, those on which the reward misbehaves."""
