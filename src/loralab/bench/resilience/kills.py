@@ -163,7 +163,8 @@ def _told(child: Child, path: Path) -> str:
     """The line of a run that tells that it went on."""
     for line in child.said.splitlines():
         if " is gone: " in line:
-            return general(shown(line, path))
+            # What Ray says of the reason is another text each time.
+            return general(shown(line, path)).partition(" (")[0]
         if "resumed at generation" in line:
             return general(line[line.index("resumed at generation") :])
     return ""
