@@ -64,7 +64,7 @@ def nodes_of(count: int) -> Iterator[Nodes]:
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray starts workers at 15: beside anything else on this machine they would not get on.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray reads it in lower case
     try:
         nodes = Nodes(count)
         try:

@@ -224,6 +224,53 @@ class Broken(FakeEngine):
         return super().generate(requests, progress)
 
 
+class Decaying(FakeEngine):
+    """Every adapter from generation 5 on writes far too much."""
+
+    def _answer(self, request: Request, length: int) -> Completion:
+        late = request.adapter is not None and int(request.adapter[1:].split("-")[0]) >= 5
+        return super()._answer(request, length + 500 * late)
+
+
+def test_the_best_point_is_tested_again_though_the_search_went_on(stage: Stage) -> None:
+    config = make_config(generations=9, eval_every=2)
+    whole, one = stage.run("one", config, lambda _: workbench(Decaying()))
+    assert whole.best_generation == 4
+    options = {"actors": 2, "restarts": 99}
+    result, run = stage.run(
+        "two", clustered(config, **options), lambda _: workbench(Decaying()), losses=0.2, seed=5
+    )
+    assert replace(result, adapter=whole.adapter) == whole
+    assert written(run) == written(one)
+
+
+def test_an_actor_that_takes_generations_to_begin_catches_up(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, held = LocalCrew.wait, [60]
+
+    def wait(crew: LocalCrew, tickets: Any, seconds: float) -> list[int]:
+        """Answers of the second actor's beginning come when the first has done much."""
+        held[0] -= 1
+        waits = {
+            ticket
+            for ticket in tickets
+            if held[0] > 0
+            and crew._calls[ticket][0] is crew.workers[1]
+            and unpack(crew._calls[ticket][1])["kind"] == "begin"
+        }
+        return real(crew, [ticket for ticket in tickets if ticket not in waits], seconds)
+
+    monkeypatch.setattr(LocalCrew, "wait", wait)
+    config = make_config(generations=12, eval_every=5)
+    whole, _ = stage.run("one", config)
+    result, _ = stage.run("two", clustered(config, actors=2), seed=1)
+    assert replace(result, adapter=whole.adapter) == whole
+    units = [worker for worker, kind in stage.crews[-1].kinds if kind == "unit"]
+    assert set(units[:16]) == {0}
+    assert set(units[-16:]) == {0, 1}
+
+
 def test_what_a_user_can_mend_stops_the_run_at_once(stage: Stage) -> None:
     config = clustered(make_config(generations=3), actors=2)
     with pytest.raises(UserError, match=r"actor \d on .*: no such file"):
