@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -177,6 +178,47 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number}: not a JSON object; the file is damaged")
         rows.append(row)
     return rows
+
+
+SEAL = "digests.json"
+"""Beside the files of a sealed folder: the digest of each, by its path there."""
+
+
+def seal(folder: Path) -> None:
+    """Note the digest of every file in a folder, for `broken` to compare."""
+    with explain_os_errors(folder):
+        digests = {name: _digest(folder / name) for name in _files(folder)}
+    write_whole(folder / SEAL, json.dumps(digests, indent=1) + "\n")
+
+
+def broken(folder: Path) -> str | None:
+    """What of a sealed folder is not as it was sealed, None of a sound one and of one without a
+    seal."""
+    try:
+        wanted = json.loads((folder / SEAL).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return f"{SEAL} cannot be read"
+    if not isinstance(wanted, dict):
+        return f"{SEAL} holds no digests"
+    for name, digest in wanted.items():
+        try:
+            if _digest(folder / name) != digest:
+                return f"the digest of {name} is another"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in found if path.name != SEAL]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def set_damage_aside(path: Path) -> int:

@@ -305,6 +305,7 @@ class Watched(Trainer):  # type: ignore[misc]
             for file in (draft / name).rglob("*"):
                 if file.is_file():
                     durable.sync_file(file)
+            durable.seal(draft / name)
             shutil.rmtree(place / name, ignore_errors=True)
             os.replace(draft / name, place / name)
             draft.rmdir()

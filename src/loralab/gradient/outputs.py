@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,11 +64,29 @@ def rewind(run: Run, step: int) -> None:
 
 
 def resumed(run: Run) -> tuple[Path | None, int]:
-    """Where to go on: the newest whole checkpoint and its step, None and 0 without any. What was
-    written down after it is forgotten."""
+    """Where to go on: the newest checkpoint that is as it was written and its step, None and 0
+    without any. What was written down after it is forgotten, and one that changed on disk is a
+    finding, and out of the way under another name."""
     found = checkpoints(run.checkpoints)
+    damaged = []
+    while found and (why := durable.broken(found[-1])) is not None:
+        damaged.append((found.pop(), why))
     step = step_of(found[-1]) if found else 0
     rewind(run, step)
+    for place, why in damaged if run.leads else ():
+        with durable.explain_os_errors(place):
+            aside = place.with_name(f"damaged-{place.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(place, aside)
+        run.log_finding(
+            {
+                "rule": "damaged_checkpoint",
+                "what": f"{place} changed after it was written ({why}); the run goes on at step "
+                f"{step}",
+                "why": "a flipped bit or a cut file would be trained on in silence",
+                "advice": f"look at the disk; what was there is kept in {aside.name}",
+            }
+        )
     return (found[-1] if found else None), step
 
 
