@@ -8,7 +8,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +76,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
+    for _ in range(3):
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
+        after = os.times()
+        # Of the processor: the clock would tell what else this machine is doing.
+        seconds.append(after.children_user + after.children_system)
+        seconds[-1] -= before.children_user + before.children_system
         assert done.returncode == 0, done.stderr
         assert "demo" in done.stdout
-    # The quickest: the others measure what else this machine is doing.
-    assert min(seconds) < 0.3, statistics.median(seconds)
+    assert min(seconds) < 0.3, seconds
 
 
 @pytest.mark.parametrize("command", ["tasks", "run countdown-small --dry-run", "run nowhere"])
