@@ -64,7 +64,9 @@ class OwnServer:
         self.url = f"http://{LOOPBACK}:{port}"
         command = [sys.executable, leash.__file__, *self._command(port)]
         with self.log.open("ab") as log:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
         self._process = process
         self._end = weakref.finalize(self, _let_go, process)
         deadline = time.monotonic() + self._timeout
