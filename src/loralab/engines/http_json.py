@@ -1,8 +1,8 @@
 """JSON over HTTP for engines whose model runs on a server: bounded retries, and a way out.
 
 A request that a thread waits for ends at once when another one fails or the user interrupts: its
-socket is shut. Redirects are not followed, which would carry the key elsewhere, and a server on
-this machine is never asked through a proxy.
+socket is shut, whatever part of the answer has come. Redirects are not followed, which would carry
+the key elsewhere, and a server on this machine is never asked through a proxy.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from ipaddress import ip_address
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
@@ -35,10 +36,16 @@ from loralab.errors import UserError
 
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
 """Answers after which the same request may succeed."""
-REFUSED = frozenset({401, 403, 404})
-"""Answers that every request would get."""
+REFUSED = frozenset({401, 404})
+"""Answers that every request would get. So is 403, from a server that has answered nothing else:
+some gateways say it of one prompt."""
 LONGEST_WAIT = 30.0
 """Seconds between two attempts at most."""
+LONGEST_CONNECT = 30.0
+"""Seconds that a connection may take to be made, and a cancelled one therefore at most."""
+LARGEST = 2**28
+"""Bytes of an answer at most."""
+_CHUNK = 2**16
 
 
 class Failed(Exception):
@@ -51,6 +58,15 @@ class Failed(Exception):
         super().__init__(why)
         self.status = status
         self.pause = pause
+
+    @property
+    def of_server(self) -> bool:
+        """Whether it is the server that failed: what it was asked may be in order."""
+        return self.status is None or self.status in BUSY or self.status >= 500
+
+
+class Silence(Failed):
+    """No answer came in time."""
 
 
 class Unreachable(UserError):
@@ -68,9 +84,11 @@ Answer = TypeVar("Answer")
 class JsonClient:
     """Asks one server, from as many threads as there are.
 
-    timeout: seconds without a byte. retries: of a request that the server was too busy for or whose
-    connection broke, after `wait` seconds, each time twice as long and a little random, or as long
-    as the server says (Retry-After), never over half a minute.
+    timeout: seconds that an answer may take. retries: of a request that the server was too busy for
+    or whose connection broke, after `wait` seconds, each time twice as long and a little random, or
+    as long as the server says (Retry-After), never over half a minute; where nothing listens any
+    more after an answer had come, too. again_after_silence: whether a request that had no answer in
+    time is one of those.
     """
 
     def __init__(
@@ -81,27 +99,34 @@ class JsonClient:
         timeout: float,
         retries: int,
         wait: float,
+        again_after_silence: bool = True,
     ) -> None:
-        if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
-            raise UserError(f"endpoint {url!r}: expected http:// or https:// and a host")
+        _check(url)
         self.url = url.rstrip("/")
         self._headers = {"Content-Type": "application/json", **headers}
         self._timeout = timeout
         self._retries = retries
         self._wait = wait
+        self._again_after_silence = again_after_silence
+        self._answered = False
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
-        self._open: WeakSet[HTTPConnection] = WeakSet()
+        self._open: WeakSet[socket.socket] = WeakSet()
         self._opener = self._make_opener()
 
-    def get(self, path: str, *, timeout: float | None = None) -> Any:
-        """The answer to one attempt. Raises as `post`; an empty body is None."""
-        return self._attempt(self._request(path, None), timeout or self._timeout)
+    def get(self, path: str) -> Any:
+        """The answer's JSON. Raises as `post`; an empty body is None."""
+        return self._persist(lambda: self._request(path, None))
 
     def post(
-        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        body: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+        headers: Mapping[str, str] | None = None,
     ) -> Any:
         """The answer's JSON, None for an empty body. `headers` come on top of the client's.
+
+        body: what is sent, or a function that gives it for each attempt.
 
         Raises:
             UserError: the server refuses the key, the model or the path.
@@ -109,17 +134,28 @@ class JsonClient:
             Failed: this request has no answer, after the retries.
             Cancelled: see `ask_all`.
         """
-        request = self._request(path, json.dumps(body).encode(), headers)
+        made = body if callable(body) else lambda: body
+        return self._persist(lambda: self._request(path, json.dumps(made()).encode(), headers))
+
+    def _persist(self, make: Callable[[], Request]) -> Any:
         for attempt in range(self._retries + 1):
+            last = attempt == self._retries
+            pause = None
             try:
-                return self._attempt(request, self._timeout)
+                answer = self._attempt(make())
+                self._answered = True
+                return answer
+            except Unreachable:
+                if last or not self._answered:
+                    raise
             except Failed as error:
-                last = attempt == self._retries
                 if last or not (error.status is None or error.status in BUSY):
                     raise
-                pause = error.pause or self._wait * 2**attempt
+                if isinstance(error, Silence) and not self._again_after_silence:
+                    raise
+                pause = error.pause
             # Requests that were turned away together should not all come back together.
-            pause = min(pause * random.uniform(1, 1.25), LONGEST_WAIT)
+            pause = min((pause or self._wait * 2**attempt) * random.uniform(1, 1.25), LONGEST_WAIT)
             if self._cancelled.wait(pause):
                 raise Cancelled
         raise AssertionError("every attempt returns or raises")
@@ -138,12 +174,15 @@ class JsonClient:
         """
         try:
             with ThreadPoolExecutor(workers) as pool:
-                futures = {pool.submit(ask, item): item for item in items}
+                futures: dict[Future[Answer], Item] = {}
                 try:
+                    for item in items:
+                        futures[pool.submit(ask, item)] = item
                     for future in as_completed(futures):
                         done(futures[future], future.result())
                 except BaseException:
                     self._cancel()
+                    pool.shutdown(wait=False, cancel_futures=True)
                     raise
         finally:
             self._cancelled.clear()
@@ -162,29 +201,53 @@ class JsonClient:
             f"{self.url}/{path}", data, {**self._headers, **(headers or {})}, method=method
         )
 
-    def _attempt(self, request: Request, timeout: float) -> Any:
+    def _attempt(self, request: Request) -> Any:
         address = request.full_url
-        if self._cancelled.is_set():
-            raise Cancelled
+        self._leave_if_cancelled()
+        body = self._exchange(request, address)
         try:
-            with self._opener.open(request, timeout=timeout) as answer:
-                body = answer.read()
-                return json.loads(body) if body else None
+            return json.loads(body) if body else None
+        except (ValueError, RecursionError) as error:
+            raise Failed(f"{address}: no JSON came back: {_line(str(error))}") from error
+
+    def _exchange(self, request: Request, address: str) -> bytes:
+        """The body of an answer, or why there is none as `_attempt` raises it."""
+        late = f"{address}: no answer in {self._timeout:g} s"
+        deadline = time.monotonic() + self._timeout
+        try:
+            with self._opener.open(request, timeout=self._timeout) as answer:
+                body = bytearray()
+                while part := answer.read1(_CHUNK):
+                    body += part
+                    if len(body) > LARGEST:
+                        raise Failed(f"{address}: an answer of over {LARGEST} bytes")
+                    if time.monotonic() > deadline:
+                        raise Silence(late)
+                if answer.length:
+                    raise IncompleteRead(b"", answer.length)
+                return bytes(body)
         except HTTPError as error:
+            refusal = _refusal(address, error, final=not self._answered)
             self._leave_if_cancelled()
-            raise _refusal(address, error) from error
-        except (URLError, HTTPException, OSError, ValueError) as error:
+            raise refusal from error
+        except (URLError, HTTPException, OSError) as error:
             self._leave_if_cancelled()
             reason = error.reason if isinstance(error, URLError) else error
             if isinstance(reason, TimeoutError):
-                raise Failed(f"{address}: no answer in {timeout:g} s") from error
+                raise Silence(late) from error
             if isinstance(reason, ConnectionError) and not isinstance(
                 reason, ConnectionRefusedError
             ):
                 raise Failed(f"{address}: the connection broke: {reason}") from error
             if isinstance(error, URLError):
                 raise Unreachable(f"{address}: cannot be reached: {reason}") from error
-            raise Failed(f"{address}: no JSON came back: {error}") from error
+            raise Failed(f"{address}: no whole answer came: {_line(str(error))}") from error
+        except ValueError as error:
+            # Of something that was to be sent, which its text may repeat: the key for one.
+            raise UserError(
+                f"{address}: the request cannot be sent ({type(error).__name__} in its address or "
+                "headers): look at the key and the url"
+            ) from None
 
     def _leave_if_cancelled(self) -> None:
         if self._cancelled.is_set():
@@ -195,13 +258,15 @@ class JsonClient:
 
         class Plain(HTTPConnection):
             def connect(self) -> None:
+                timeout, self.timeout = self.timeout, _to_connect(self.timeout)
                 super().connect()
-                client._take_in(self)
+                client._take_in(self.sock, timeout)
 
         class Secure(HTTPSConnection):
             def connect(self) -> None:
+                timeout, self.timeout = self.timeout, _to_connect(self.timeout)
                 super().connect()
-                client._take_in(self)
+                client._take_in(self.sock, timeout)
 
         class OpenPlain(HTTPHandler):
             def http_open(self, request: Request) -> Any:
@@ -216,7 +281,9 @@ class JsonClient:
             return build_opener(ProxyHandler({}), *handlers)
         return build_opener(*handlers)
 
-    def _take_in(self, connection: HTTPConnection) -> None:
+    def _take_in(self, connection: socket.socket, timeout: float | None) -> None:
+        """Keep the socket itself: urllib lets go of the connection once the headers are in."""
+        connection.settimeout(timeout)
         with self._lock:
             self._open.add(connection)
             if self._cancelled.is_set():
@@ -228,19 +295,47 @@ class _StayHere(HTTPRedirectHandler):
         return None
 
 
-def _refusal(address: str, error: HTTPError) -> Exception:
-    said = error.read(500).decode("utf-8", "replace")
-    why = f"{address}: HTTP {error.code}: {' '.join(said.split())}"
-    if error.code in REFUSED:
+def _check(url: str) -> None:
+    """Raise UserError unless it is the address of a server, without a password in it."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise UserError(f"endpoint {url!r}: {error}: expected http://host:port") from error
+    if parts.username is not None or parts.password is not None:
+        raise UserError(
+            f"endpoint {parts.scheme}://...@{host}: a name or password in the address would be "
+            "written to logs: leave it out, and name the variable that holds the key"
+        )
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(f"endpoint {url!r}: expected http:// or https:// and a host")
+
+
+def _to_connect(timeout: float | None) -> float:
+    return LONGEST_CONNECT if timeout is None else min(timeout, LONGEST_CONNECT)
+
+
+def _refusal(address: str, error: HTTPError, final: bool) -> Exception:
+    """final: whether the server has answered nothing yet."""
+    said = b""
+    # The connection may break while it says why.
+    with error, suppress(OSError, HTTPException):
+        said = error.read(500)
+    why = f"{address}: HTTP {error.code}: {_line(said.decode('utf-8', 'replace'))}"
+    if error.code in REFUSED or (error.code == 403 and final):
         return UserError(why)
     after = error.headers.get("Retry-After", "")
     return Failed(why, error.code, float(after) if after.isdecimal() else None)
 
 
-def _shut(connection: HTTPConnection) -> None:
-    if connection.sock is not None:
-        with suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+def _line(text: str) -> str:
+    """On one line, without what a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def is_loopback(url: str) -> bool:
@@ -258,11 +353,17 @@ def bearer(variable: str | None, what: str) -> dict[str, str]:
     """The header with the key that an environment variable holds; {} without a variable.
 
     Raises:
-        UserError: the variable is empty.
+        UserError: the variable is empty, or holds what no header can.
     """
     if variable is None:
         return {}
-    key = os.environ.get(variable)
+    # Secrets that are read from files end with a newline.
+    key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(f"{what}: the environment variable {variable} is empty")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"{what}: the environment variable {variable} holds characters that no key has (a line "
+            "break, or letters beyond ASCII): set it to the key alone"
+        )
     return {"Authorization": f"Bearer {key}"}
