@@ -75,6 +75,9 @@ class ModelServer(ThreadingHTTPServer):
         """Bodies that were sent to a path."""
         return [body for asked, body, _ in self.asked if asked == path]
 
+    def lose(self, path: str, body: Any) -> None:
+        """Told of a request whose client may ask again while it is under way."""
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Nothing: a client that went away is part of the tests."""
 
@@ -110,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         self, method: str, body: Any, fault: str | float | None
     ) -> tuple[int, bytes] | None:
         """Status and body, None to hang up."""
+        if fault == "drop" or isinstance(fault, float):
+            self.server.lose(self.path, body)
         if isinstance(fault, float):
             time.sleep(fault)
         if fault == "drop":

@@ -55,6 +55,7 @@ class FakeSglang(ModelServer):
         admin_key: str | None = None,
         name: str = "tiny",
         deterministic: bool = True,
+        max_loaded: int | None = None,
     ) -> None:
         engine = BatchedEngine(model, tokenizer, backend="torch", threads=1)
         # The client sends ids.
@@ -62,10 +63,14 @@ class FakeSglang(ModelServer):
         self.model, self.engine, self.answerer = model, engine, Answerer(engine)
         self.max_loras, self.max_rank, self.targets = max_loras, max_rank, set(targets)
         self.key, self.admin_key, self.name = key, admin_key, name
-        self.deterministic = deterministic
+        self.deterministic, self.max_loaded = deterministic, max_loaded
         self.adapters: dict[str, tuple[str, AdapterState]] = {}
         self.refuse: set[int] = set()
+        self.pool: int | None = None
+        """Tokens of a completion that its memory holds."""
         self.loads = 0
+        self.quantization: str | None = None
+        self.in_flight: set[str] = set()
         self.violations: list[str] = []
         served = {
             "GET /health": lambda *_: None,
@@ -82,6 +87,11 @@ class FakeSglang(ModelServer):
             assert method in FIELDS["routes"][where]["methods"]
             routes[path] = self._guarded(where, route)
         super().__init__(routes, port)
+
+    def lose(self, path: str, body: Any) -> None:
+        """A disconnect is seen after seconds (`SGLANG_REQUEST_STATE_WAIT_TIMEOUT`)."""
+        if path == "/generate":
+            self.in_flight |= {*body["rid"]}
 
     def _guarded(self, path: str, route: Any) -> Any:
         def guarded(body: Any, headers: Mapping[str, str]) -> Any:
@@ -121,6 +131,11 @@ class FakeSglang(ModelServer):
             "max_lora_rank": self.max_rank,
             "dtype": "float32",
             "dp_size": 1,
+            "tp_size": 1,
+            "quantization": self.quantization,
+            "kv_cache_dtype": "auto",
+            "attention_backend": None,
+            "max_loaded_loras": self.max_loaded,
             "enable_deterministic_inference": self.deterministic,
         }
         assert set(info) <= {*FIELDS["server_info"], *FIELDS["options"]}
@@ -188,6 +203,8 @@ class FakeSglang(ModelServer):
         aliases = body.get("lora_path", [None] * count)
         assert len({*body["rid"]}) == len(body["sampling_params"]) == len(aliases) == count
         assert len(set(aliases)) <= self.max_loras
+        if {*body["rid"]} & self.in_flight:
+            raise Answer(400, {"error": {"message": "Duplicate request ID detected"}})
         requests = [
             self._request(ids, checked("SamplingParams", sampling), alias)
             for ids, sampling, alias in zip(
@@ -202,10 +219,10 @@ class FakeSglang(ModelServer):
         ]
 
     def _request(self, ids: Any, sampling: Mapping[str, Any], alias: str | None) -> Request:
-        """`_validate_one_request` and `_resolve_lora_path` of the tokenizer manager, and
-        `SamplingParams.verify`."""
+        """`_validate_one_request` and `_resolve_lora_path` of the tokenizer manager,
+        `SamplingParams.verify`, and the limits of the scheduler."""
         context = self.model.config.max_position_embeddings
-        if not ids or len(ids) + sampling["max_new_tokens"] > context:
+        if not 0 < len(ids) < context - 6:
             raise Answer(400, {"error": {"message": f"context length is {context} tokens"}})
         if alias is not None and alias not in self.adapters:
             message = f"Got LoRA adapter that has never been loaded: {alias}"
@@ -219,7 +236,7 @@ class FakeSglang(ModelServer):
             tuple(ids),  # type: ignore[arg-type]
             alias,
             Sampling(
-                sampling["max_new_tokens"],
+                min(sampling["max_new_tokens"], self.pool or context, context - 2 - len(ids)),
                 temperature=sampling["temperature"],
                 top_k=max(sampling["top_k"], 0),
                 top_p=sampling["top_p"],

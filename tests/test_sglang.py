@@ -34,7 +34,7 @@ from serving_contract import (
 )
 from sglang_server import FakeSglang
 
-CONTEXT = 96
+CONTEXT = 96 - 2  # what SGLang leaves free
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def connect(server: FakeSglang, **options: Any) -> SglangEngine:
     """An engine over a running server, with the model that it runs."""
     settings = SglangConfig(url=server.url, **{"start_timeout": 60.0, **options})
     served = ServedModel.of("tiny", server.model, tiny.tokenizer())
-    return SglangEngine(served, Link(server.url, "llama", settings, ({}, {})), settings)
+    return SglangEngine(served, Link(server.url, "llama", "float32", settings, ({}, {})), settings)
 
 
 @contextmanager
@@ -134,15 +134,6 @@ def test_what_a_busy_server_or_a_broken_connection_loses_is_asked_again(
     engine.load({})
     assert server.adapters == {}
     assert len(server.faults.met) == 10
-    engine.close()
-
-
-def test_a_slow_answer_is_given_up_for_its_batch_alone(server: FakeSglang) -> None:
-    engine = connect(server, batch=1, workers=1, timeout=1.0, retries=0)
-    server.faults.add("/generate", 4.0)
-    first, second = engine.generate(asked({})[:2])
-    assert "no answer in 1 s" in str(first.error)
-    assert second.error is None
     engine.close()
 
 
@@ -268,9 +259,9 @@ def test_the_kernel_names_version_and_model(server: FakeSglang) -> None:
 def test_a_server_of_another_model_or_kind_is_refused(server: FakeSglang) -> None:
     settings = SglangConfig(url=server.url)
     with pytest.raises(UserError, match=r"a llama; the config's model is a qwen2"):
-        Link(server.url, "qwen2", settings, ({}, {}))
+        Link(server.url, "qwen2", "float32", settings, ({}, {}))
     with pytest.raises(UserError, match="cannot be reached"):
-        Link("http://127.0.0.1:9", "llama", settings, ({}, {}))
+        Link("http://127.0.0.1:9", "llama", "float32", settings, ({}, {}))
 
 
 def test_cancelling_does_not_wait_for_the_server(server: FakeSglang) -> None:

@@ -14,6 +14,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from loralab.engines.http_json import Failed, Unreachable
 from loralab.engines.memory_folder import MemoryFolder
 from loralab.engines.served import Finite, ServedModel, named
 from loralab.engines.sglang_link import Link, Lost
-from loralab.engines.stopping import Decoder, Row
+from loralab.engines.stopping import Row
 from loralab.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class SglangEngine:
     model: what the server runs, as the driver knows it. link: the server. Members are written as
     PEFT folders to `options.folder` or memory, under names never used before, and are gone after
     use. A server that dies under way is started anew, or waited for if it is not ours: its adapters
-    are loaded again and the requests it lost are asked again, `options.retries` times a call.
+    are loaded again and the requests it lost are asked again, `options.retries` times a call. One
+    that cannot answer in the end (busy, silent, gone) ends the call: no request fails for it.
 
     Errors that a user can mend are UserError; whatever concerns one request alone comes back as a
     Completion with finish_reason "error".
@@ -86,13 +88,16 @@ class SglangEngine:
                     f"adapter {name!r} has rank {state.rank}: the server was started for ranks up "
                     f"to {self._link.max_rank} (--max-lora-rank)"
                 )
+        if self._link.max_loaded is not None and len(adapters) > self._link.max_loaded:
+            raise UserError(
+                f"{len(adapters)} adapters, and the server keeps {self._link.max_loaded}: start it "
+                "without --max-loaded-loras"
+            )
         finite = Finite(self._model.dtype)
         complaints = {name: finite.complaint(state) for name, state in adapters.items()}
-        for name in list(self._held):
-            self._let_go(name)
         self._states = dict(adapters)
         self._sick = {name: why for name, why in complaints.items() if why is not None}
-        self._persist(self._hold_all)
+        self._persist(self._hold_anew)
 
     def set_base(self, changes: Mapping[str, Tensor]) -> None:
         """Nothing: the base stays as it was loaded. Raises UserError where it should move."""
@@ -109,9 +114,11 @@ class SglangEngine:
         """Completions in the order of the requests.
 
         Raises:
-            UserError: an adapter is not loaded; the server is gone for good, or refuses the key.
-                Whatever else is raised on the way, KeyboardInterrupt and what `progress` raises
-                with it, closes the connections of requests in flight, which the server then drops.
+            UserError: an adapter is not loaded; the server is gone for good, cannot answer after
+                all retries, refuses the key, or would sample without the requests' seeds.
+
+        Whatever else is raised on the way, KeyboardInterrupt and what `progress` raises with it,
+        closes the connections of requests in flight, which the server then drops.
         """
         for request in requests:
             if request.adapter is not None and request.adapter not in self._states:
@@ -119,33 +126,57 @@ class SglangEngine:
                 raise UserError(
                     f"adapter {request.adapter!r} is not loaded (loaded: {known}): call load first"
                 )
-        rows = [self._model.row(index, request) for index, request in enumerate(requests)]
+        if not self._link.steady and any(r.sampling.temperature > 0 for r in requests):
+            raise UserError(
+                f"the server at {self._link.client.url} does not keep to seeds: start it with "
+                "--enable-deterministic-inference, or set temperature: 0"
+            )
+        rows = [self._row(index, request) for index, request in enumerate(requests)]
         report = _Report(len(rows), sum(row.completion is not None for row in rows), progress)
         self._persist(lambda: self._serve(rows, requests, report))
         return [named(row, request) for row, request in zip(rows, requests, strict=True)]
 
     def close(self) -> None:
-        """Take the adapters off the server, end the server if it is ours, remove every file."""
-        for name in list(self._held):
-            self._let_go(name)
-        self._states = {}
-        self._link.close()
-        self._folder.close()
+        """Take the adapters off the server, or end the server if it is ours; remove every file."""
+        aliases = list(self._held.values())
+        self._states, self._held = {}, {}
+        with ExitStack() as stack:
+            stack.callback(self._folder.close)
+            self._link.close(aliases)
+
+    def _row(self, index: int, request: Request) -> Row:
+        row = self._model.row(index, request)
+        longest = self._link.longest_prompt
+        if row.completion is None and len(row.prompt) > longest:
+            row.fail(
+                f"the prompt has {len(row.prompt)} tokens; the server takes {longest} at most: "
+                "shorten it"
+            )
+        return row
 
     def _persist(self, act: Callable[[], None]) -> None:
         """Do it, and again with a server that came back, as often as `options.retries` says."""
+        gone: Exception | None = None
         for attempt in range(self._options.retries + 1):
             try:
+                if gone is not None:
+                    _log.warning("the SGLang server cannot answer (%s): waiting for it", gone)
+                    self._link.recover()
+                    # Names are new on a server that may be the old one, which still holds these.
+                    self._let_go_of_all()
                 act()
                 return
-            except (Lost, Unreachable) as error:
+            except (Lost, Unreachable, Failed) as error:
+                gone = error
                 if attempt == self._options.retries:
-                    raise UserError(f"{error}; the run can be resumed with --resume") from error
-                _log.warning("the SGLang server is gone (%s): waiting for it", error)
-                self._link.recover()
-                # Names are new on a server that may be the old one, which still holds these.
-                for name in list(self._held):
-                    self._let_go(name)
+                    raise UserError(
+                        f"the SGLang server cannot answer: {error}; the run can be resumed with "
+                        "--resume"
+                    ) from error
+
+    def _hold_anew(self) -> None:
+        self._let_go_of_all()
+        self._hold_all()
 
     def _hold_all(self) -> None:
         """Have the server hold every sound member."""
@@ -168,17 +199,21 @@ class SglangEngine:
                 f"cannot write a member to {path.parent}: {error.strerror or error}; free some "
                 "space, or set engine.sglang.folder"
             ) from error
-        why = self._link.load(alias, path)
+        why: str | None = "it was not asked"
+        try:
+            why = self._link.load(alias, path)
+        finally:
+            if why is not None:
+                shutil.rmtree(path, ignore_errors=True)
         if why is None:
             self._held[name] = alias
-        else:
-            shutil.rmtree(path, ignore_errors=True)
         return why
 
-    def _let_go(self, name: str) -> None:
-        alias = self._held.pop(name)
-        self._link.unload(alias)
-        shutil.rmtree(self._folder.path / alias, ignore_errors=True)
+    def _let_go_of_all(self) -> None:
+        for name in list(self._held):
+            self._link.unload(self._held[name])
+            alias = self._held.pop(name)
+            shutil.rmtree(self._folder.path / alias, ignore_errors=True)
 
     def _serve(self, rows: Sequence[Row], requests: Sequence[Request], report: _Report) -> None:
         self._hold_all()
@@ -198,7 +233,7 @@ class SglangEngine:
                 if isinstance(answer, str):
                     row.fail(answer)
                 else:
-                    _finish(row, answer, self._model.decoder)
+                    self._finish(row, answer)
             report.count(len(answers))
             report.tell()
 
@@ -208,13 +243,14 @@ class SglangEngine:
         )
 
     def _ask(self, batch: Sequence[Asked]) -> list[tuple[Row, Any]]:
-        """Each row with the server's answer, or why it has none."""
+        """Each row with the server's answer, or why it has none. Raises Failed where it is the
+        server that gives none."""
         try:
             answers = self._link.generate(self._body(batch), len(batch))
             return [(row, answer) for (row, _), answer in zip(batch, answers, strict=True)]
         except Failed as error:
-            if error.status is None or error.status >= 500:
-                return [(row, str(error)) for row, _ in batch]
+            if error.of_server:
+                raise
             # The server refuses a batch for one of its requests.
             if len(batch) > 1:
                 return [found for asked in batch for found in self._ask([asked])]
@@ -224,7 +260,6 @@ class SglangEngine:
 
     def _body(self, batch: Sequence[Asked]) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "rid": [secrets.token_hex(8) for _ in batch],
             "input_ids": [row.prompt for row, _ in batch],
             "sampling_params": [self._sampling(row) for row, _ in batch],
         }
@@ -253,6 +288,30 @@ class SglangEngine:
             # Read under --enable-deterministic-inference alone, and then as a signed 64-bit number.
             "sampling_seed": wanted.seed % 2**63,
         }
+
+    def _finish(self, row: Row, answer: Mapping[str, Any]) -> None:
+        """End a row by our own rules over the server's ids; where they do not, by the server's
+        word."""
+        reason = answer["meta_info"]["finish_reason"] or {}
+        status = reason.get("status_code")
+        if isinstance(status, int) and status >= 500:
+            raise Lost(f"the server ended a request: {reason.get('message', reason)}")
+        for token in answer["output_ids"]:
+            row.accept(token)
+            if row.completion is not None:
+                return
+        match reason.get("type"):
+            case "length" if len(row.tokens) < row.limit:
+                raise UserError(
+                    f"the server ended a completion after {len(row.tokens)} of {row.limit} tokens: "
+                    "its KV cache holds no more; give it more memory (--mem-fraction-static) or "
+                    "lower generation.max_new_tokens, and resume the run with --resume"
+                )
+            case "stop" | "length" as kind:
+                text = self._model.decoder.text(row.tokens)
+                row.completion = Completion(text, tuple(row.tokens), kind)
+            case _:
+                row.fail(f"the server ended it: {reason.get('message', reason)}")
 
 
 class _Report:
@@ -284,17 +343,3 @@ def _batches(waiting: Sequence[Asked], size: int, adapters: int) -> list[list[As
         batches[-1].append(asked)
         held.add(asked[1])
     return batches
-
-
-def _finish(row: Row, answer: Mapping[str, Any], decoder: Decoder) -> None:
-    """End a row by our own rules over the server's ids; where they do not, by the server's word."""
-    for token in answer["output_ids"]:
-        row.accept(token)
-        if row.completion is not None:
-            return
-    reason = answer["meta_info"]["finish_reason"] or {}
-    match reason.get("type"):
-        case "stop" | "length" as kind:
-            row.completion = Completion(decoder.text(row.tokens), tuple(row.tokens), kind)
-        case _:
-            row.fail(f"the server ended it: {reason.get('message', reason)}")

@@ -49,7 +49,7 @@ def open_sglang(config: EvolveConfig) -> Workbench:
     try:
         engine = SglangEngine(served, link, options)
     except BaseException:
-        link.close()
+        link.close([])
         raise
     return Workbench(engine, weights, _no_model, close=engine.close)
 
@@ -60,7 +60,7 @@ def connected(served: ServedModel, options: SglangConfig) -> Link:
     what = f"server {options.url}"
     plain = bearer(options.key_variable, what)
     admin = bearer(options.admin_key_variable, what) or plain
-    return Link(options.url.rstrip("/"), served.kind, options, (plain, admin))
+    return Link(options.url.rstrip("/"), served.kind, _dtype(served), options, (plain, admin))
 
 
 def _started(
@@ -115,10 +115,14 @@ def _started(
     own = OwnServer(command, healthy, timeout=options.start_timeout, private=[Path(secret)])
     headers = {"Authorization": f"Bearer {key}"}
     try:
-        return Link(own.url, served.kind, options, (headers, headers), own)
+        return Link(own.url, served.kind, _dtype(served), options, (headers, headers), own)
     except BaseException:
         own.close()
         raise
+
+
+def _dtype(served: ServedModel) -> str:
+    return str(served.dtype).removeprefix("torch.")
 
 
 def _no_model(directory: Path) -> None:
