@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from loralab.engines import leash
-from loralab.engines.own_server import OwnServer
+from loralab.engines import leash, memory_folder, own_server
+from loralab.engines.memory_folder import MemoryFolder
+from loralab.engines.own_server import OwnServer, listeners
+from loralab.errors import UserError
 
 PATIENCE = 240.0
 """Seconds that something may take on a machine that is loaded."""
@@ -118,3 +122,72 @@ def test_a_server_that_obeys_is_not_waited_for(tmp_path: Path) -> None:
     began = time.monotonic()
     own.close()
     assert time.monotonic() - began < leash.PATIENCE - 2
+
+
+def test_a_port_that_another_took_meanwhile_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain, tried = own_server.free_port, []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(own_server, "free_port", lambda: plain() if tried else taken)
+
+        def command(port: int) -> list[str]:
+            tried.append(port)
+            return ["sh", "-c", "sleep 1; exit 1" if port == taken else "sleep 600"]
+
+        asked: list[str] = []
+
+        def ready(url: str) -> bool:
+            asked.append(url)
+            return not url.endswith(str(taken))
+
+        own = OwnServer(command, ready, timeout=PATIENCE)
+        assert tried[0] == taken
+        assert own.url.endswith(str(tried[1]))
+        assert len(tried) == 2
+        own.close()
+
+
+def test_a_port_of_another_user_is_asked_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as here:
+        assert listeners(here.getsockname()[1]) == {os.getuid()}
+    monkeypatch.setattr(own_server, "listeners", lambda port: {os.getuid() + 1})
+
+    def ready(url: str) -> bool:
+        raise AssertionError("it was asked")
+
+    with pytest.raises(UserError, match="found its port taken, 4 times"):
+        OwnServer(lambda port: ["sleep", "600"], ready, timeout=PATIENCE)
+
+
+def test_private_files_go_with_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    private = MemoryFolder()
+    (private.path / "key").write_text("secret")
+    own = OwnServer(
+        lambda port: ["sleep", "600"], lambda url: True, timeout=PATIENCE, private=private
+    )
+    own.close()
+    assert not private.path.exists()
+    assert not own.log.exists()
+
+
+def test_a_sweep_that_is_cut_leaves_what_the_next_one_finds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = MemoryFolder(str(tmp_path))
+    (made.path / "member").mkdir()
+    (made.path / "note").write_text("x")
+    removed: list[str] = []
+
+    def cut(path: Path, **_: object) -> None:
+        removed.append(path.name)
+        if path.name == made.path.name:
+            assert [entry.name for entry in path.iterdir()][:1] in (["lock"], ["member"])
+            assert not (path / "note").exists()
+            assert (path / "lock").exists()
+
+    monkeypatch.setattr(memory_folder.shutil, "rmtree", cut)
+    made.close()
+    assert removed == ["member", made.path.name]

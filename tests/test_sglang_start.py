@@ -170,7 +170,7 @@ def test_a_server_of_our_own_is_kept_to_us_started_anew_and_ended(
     monkeypatch.setattr(served._link.client, "_headers", {})
     with pytest.raises(UserError, match="HTTP 401"):
         served.generate(requests[:1])
-    folder, files = served._folder.path, (own.log, *own._private)
+    folder, files = served._folder.path, (own.log, own._private.path)
     assert all(file.exists() for file in files)
     bench.close()
     assert not runs(child)

@@ -73,6 +73,14 @@ class Unreachable(UserError):
     """Nothing listens there."""
 
 
+class Refused(UserError):
+    """The server answers nothing without another key, model or path. status: HTTP's."""
+
+    def __init__(self, why: str, status: int) -> None:
+        super().__init__(why)
+        self.status = status
+
+
 class Cancelled(Exception):
     """Another thread's error ended this request, which was under way or waited to be sent again."""
 
@@ -129,7 +137,7 @@ class JsonClient:
         body: what is sent, or a function that gives it for each attempt.
 
         Raises:
-            UserError: the server refuses the key, the model or the path.
+            Refused: the server refuses the key, the model or the path (a UserError).
             Unreachable: nothing listens there (a UserError too).
             Failed: this request has no answer, after the retries.
             Cancelled: see `ask_all`.
@@ -323,7 +331,7 @@ def _refusal(address: str, error: HTTPError, final: bool) -> Exception:
         said = error.read(500)
     why = f"{address}: HTTP {error.code}: {_line(said.decode('utf-8', 'replace'))}"
     if error.code in REFUSED or (error.code == 403 and final):
-        return UserError(why)
+        return Refused(why, error.code)
     after = error.headers.get("Retry-After", "")
     return Failed(why, error.code, float(after) if after.isdecimal() else None)
 

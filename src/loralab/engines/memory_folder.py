@@ -62,6 +62,13 @@ def _make(root: Path) -> tuple[Path, int]:
 
 
 def _remove(path: Path, lock: int) -> None:
+    # The lock last: without it nobody would know the rest for left behind.
+    with suppress(OSError):
+        for entry in path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != _LOCK:
+                entry.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         os.close(lock)

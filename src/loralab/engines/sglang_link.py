@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.config import SglangConfig
-from loralab.engines.http_json import Failed, JsonClient
+from loralab.engines.http_json import Failed, JsonClient, Refused
 from loralab.engines.own_server import OwnServer
 from loralab.errors import UserError
 
@@ -268,6 +268,17 @@ def _is_sound(answer: Any) -> bool:
         and all(type(token) is int and token >= 0 for token in ids)
         and (reason is None or isinstance(reason, dict))
     )
+
+
+def locked(url: str) -> bool:
+    """Whether a server answers nothing without its key, as one that was given one does."""
+    try:
+        JsonClient(url, {}, timeout=_HEALTH, retries=0, wait=0).get("model_info")
+    except Refused as error:
+        return error.status == 401
+    except (Failed, UserError):
+        return False
+    return False
 
 
 def healthy(url: str) -> bool:

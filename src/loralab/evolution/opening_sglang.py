@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 import yaml
 
 from loralab.adapters.attach import targeted_weights
 from loralab.config import EvolveConfig, SglangConfig
 from loralab.engines.http_json import bearer
+from loralab.engines.memory_folder import MemoryFolder
 from loralab.engines.own_server import LOOPBACK, OwnServer
 from loralab.engines.served import ServedModel, siblings
 from loralab.engines.sglang import SglangEngine
-from loralab.engines.sglang_link import Link, healthy
+from loralab.engines.sglang_link import Link, healthy, locked
 from loralab.errors import UserError
 from loralab.evolution.workbench import Workbench
 
@@ -41,6 +42,8 @@ def open_sglang(config: EvolveConfig) -> Workbench:
             "evolution.noise_on: weights moves base weights, which engine sglang cannot: use "
             "engine.name: batched"
         )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     model, tokenizer = load(config.model, config.dtype, "cpu")
     served = ServedModel.of(config.model, model, tokenizer)
     weights = targeted_weights(model, config.adapter)
@@ -85,19 +88,18 @@ def _started(
             "engine sglang: sglang is not installed here: pip install sglang, or name the Python "
             "that has it in engine.sglang.command, or a server that runs in engine.sglang.url"
         )
-    key = secrets.token_urlsafe(32)
-    # What a command line holds, every user of the machine can read.
-    handle, secret = tempfile.mkstemp(prefix="loralab-sglang-", suffix=".yaml")
-    with os.fdopen(handle, "w") as file:
-        yaml.safe_dump({"api-key": key}, file)
     source = locate(config.model, DTYPES[config.dtype])
     modules = {other for name in weights for other in (name, *siblings(name))}
     leaves = sorted({name.rpartition(".")[2] for name in modules & set(served.shapes)})
 
+    key = secrets.token_urlsafe(32)
+    private = MemoryFolder()
+    secret = private.path / "server.yaml"
+
     def command(port: int) -> list[str]:
         return [
             first, *rest,
-            "--config", secret,
+            "--config", str(secret),
             "--model-path", source,
             "--served-model-name", config.model,
             "--host", LOOPBACK,
@@ -109,10 +111,23 @@ def _started(
             "--max-lora-rank", str(config.adapter.rank),
             "--lora-target-modules", *leaves,
             "--enable-deterministic-inference",
+            *(() if config.device == "auto" else ("--device", config.device)),
             *options.args,
         ]  # fmt: skip
 
-    own = OwnServer(command, healthy, timeout=options.start_timeout, private=[Path(secret)])
+    try:
+        # What a command line holds, every user of the machine can read.
+        with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            yaml.safe_dump({"api-key": key}, file)
+        own = OwnServer(
+            command,
+            lambda url: healthy(url) and locked(url),
+            timeout=options.start_timeout,
+            private=private,
+        )
+    except BaseException:
+        private.close()
+        raise
     headers = {"Authorization": f"Bearer {key}"}
     try:
         return Link(own.url, served.kind, _dtype(served), options, (headers, headers), own)
