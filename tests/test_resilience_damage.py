@@ -14,12 +14,14 @@ import torch
 from fake_engine import FakeEngine, make_config, workbench
 from loralab import durable
 from loralab.adapters.state import Factors
+from loralab.config import SglangConfig
 from loralab.errors import UserError
 from loralab.evolution.events import Event, Notice
 from loralab.evolution.start import Start, start_adapter
 from loralab.evolution.trainer import evolve
 from loralab.evolution.workbench import Workbench
-from loralab.run import Run, differences
+from loralab.movable import MOVABLE, NULL_SECTIONS, differences
+from loralab.run import Run
 from test_trainer import cut_journal
 
 GENERATIONS = 6
@@ -211,3 +213,25 @@ def test_a_disk_that_is_full_is_one_line_for_a_library_in_rust_too(tmp_path: Pat
         durable.publish(tmp_path / "adapter", write)
     with pytest.raises(ZeroDivisionError):
         durable.publish(tmp_path / "adapter", lambda folder: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+def test_a_server_may_move_from_a_run_of_its_own_to_a_url_and_back() -> None:
+    def config(**section: Any) -> dict[str, Any]:
+        given = SglangConfig(**section).model_dump(mode="json") if section else None
+        return {"engine": {"name": "sglang", "sglang": given}}
+
+    there = config(url="http://a", batch=3)
+    assert differences(config(), there) == []
+    assert differences(there, config()) == []
+    assert differences({"engine": {"name": "sglang"}}, there) == []
+    assert differences(config(), config(url="http://a", max_loras=4)) == [
+        "engine.sglang.max_loras was 8, is 4"
+    ]
+    plain = {"engine": {"name": "batched", "sglang": None}}
+    assert differences(plain, there) == ['engine.name was "batched", is "sglang"']
+
+
+def test_the_defaults_of_a_section_that_is_left_out_are_the_configs() -> None:
+    section = SglangConfig().model_dump(mode="json")
+    fixed = {key: value for key, value in section.items() if f"engine.sglang.{key}" not in MOVABLE}
+    assert NULL_SECTIONS["engine.sglang"] == fixed

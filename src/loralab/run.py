@@ -25,22 +25,11 @@ import yaml
 from loralab import durable
 from loralab.environment import describe
 from loralab.errors import UserError
+from loralab.movable import differences
 
 _LOGS = ("metrics.jsonl", "completions.jsonl", "findings.jsonl", "readings.jsonl")
 _LINES = (*_LOGS, "journal.jsonl")
 _LOCK = ".lock"
-MOVABLE = frozenset(
-    {
-        *(f"cluster.{key}" for key in ("address", "actors", "gpus_per_actor")),
-        *(f"cluster.{key}" for key in ("restarts", "start_seconds")),
-        *(f"engine.sglang.{key}" for key in ("url", "key_variable", "admin_key_variable")),
-        *(f"engine.sglang.{key}" for key in ("command", "folder", "batch", "workers")),
-        *(f"engine.sglang.{key}" for key in ("timeout", "start_timeout", "retries")),
-        "scoring.workers",
-    }
-)
-"""Keys that say where and by how many a run is done, not what it computes: they may change from one
-session of a run to the next."""
 
 
 class Run:
@@ -383,17 +372,3 @@ def _text(value: object) -> Any:
     if isinstance(value, Sequence | set | frozenset):
         return sorted(value) if isinstance(value, set | frozenset) else list(value)
     raise TypeError(f"a config cannot hold a {type(value).__name__}")
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted keys in which two configs differ, each with both values; those in MOVABLE may. A key
-    that is absent is one that is null: a run goes on under a program with more options."""
-    if prefix in MOVABLE:
-        return []
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        lines = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            inner = f"{prefix}.{key}" if prefix else str(key)
-            lines += differences(old.get(key), new.get(key), inner)
-        return lines
-    return [] if old == new else [f"{prefix} was {json.dumps(old)}, is {json.dumps(new)}"]

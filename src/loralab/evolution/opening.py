@@ -28,8 +28,9 @@ from loralab.evolution.start import START, is_drawn, start_adapter
 from loralab.evolution.strategy import SearchState
 from loralab.evolution.weight_space import ROWS_COMPARED
 from loralab.evolution.workbench import Workbench, fingerprint, sample_rows
+from loralab.movable import differences
 from loralab.rollouts import Rollout
-from loralab.run import Run, differences
+from loralab.run import Run
 from loralab.tasks.base import Task
 from loralab.timings import Timings
 
