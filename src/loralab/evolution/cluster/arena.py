@@ -165,8 +165,8 @@ class _Following:
         if answer["digest"] != self._digest:
             here = describe()
             there = answer["versions"]
-            differ = ", ".join(f"{k} {v}, here {here.get(k)}" for k, v in there.items()
-                               if here.get(k) != v)  # fmt: skip
+            differ = ", ".join(f"{k} {v}, here {here[k]}" for k, v in there.items()
+                               if k in here and here[k] != v)  # fmt: skip
             raise UserError(
                 f"{answer['by']} works out another point for generation {self._generation} than "
                 f"this process ({differ or 'the same versions'}): every node needs the same "

@@ -6,13 +6,14 @@ starts anew, is sent both and works out its own state before it gets a job.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol
 
 from loralab.errors import UserError
+from loralab.evolution.cluster.alike import Alike
 from loralab.evolution.cluster.messages import Files, Message, pack, unpack
 from loralab.evolution.events import Notice, OnEvent
 
@@ -23,12 +24,20 @@ Heard = Callable[[int, dict[str, Any]], None]
 
 _OWN = ("open", "begin", "advance")
 """Messages of the fleet itself; all others are jobs."""
+_LOOKS = ("look", "reach")
+"""Jobs that a search goes on without: what goes wrong in one is its caller's alone."""
+_TRIES = 3
+"""Actors that a job may break by an error: three that meet the same one were not unlucky."""
 _STEP = 1.0
 """Seconds of waiting after which a signal to this process is seen at the latest."""
 
 
 class Lost(Exception):
     """An actor is gone, and with it what it was doing."""
+
+
+class Raised(Exception):
+    """An actor answers that it raised. Its engine may not bear another job."""
 
 
 class Crew(Protocol):
@@ -73,6 +82,7 @@ class _Slot:
     number: int
     actor: Any = None
     kind: str = ""
+    about: str = ""
     ticket: Any = None
     job: int | None = None
     node: str = ""
@@ -80,6 +90,16 @@ class _Slot:
     opened: bool = False
     told: int | None = None
     losses: int = 0
+
+
+@dataclass
+class _Round:
+    """Jobs that are asked for together, by their places. errors: how often a job raised."""
+
+    waiting: deque[int] = field(default_factory=deque)
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    errors: Counter[int] = field(default_factory=Counter)
+    heard: Heard | None = None
 
 
 @dataclass
@@ -97,6 +117,8 @@ class Fleet:
     traffic: Traffic = field(default_factory=Traffic)
     again: int = 0
     """Jobs done once more because their actor was lost."""
+    alike: Alike | None = None
+    """What actors are compared with; to be there before `open`."""
 
     def __post_init__(self) -> None:
         self._slots = [_Slot(number) for number in range(self.size)]
@@ -125,7 +147,7 @@ class Fleet:
             UserError: no actor can start.
         """
         while self._facts is None:
-            self._settle(deque(), {}, None)
+            self._settle(_Round())
         return self._facts
 
     def begin(self, message: Message, files: Files, entries: Sequence[Message]) -> None:
@@ -142,22 +164,23 @@ class Fleet:
         """The jobs' answers, in their order, whoever did them.
 
         Raises:
-            UserError: an actor met something that the user can mend, or none is left.
+            UserError: an actor met something that the user can mend, a job raises whoever does
+                it, a look raised, or no actor is left.
         """
-        waiting, answers = deque(range(len(jobs))), dict[int, dict[str, Any]]()
+        asked = _Round(deque(range(len(jobs))), heard=heard)
         try:
-            while len(answers) < len(jobs):
+            while len(asked.answers) < len(jobs):
                 self._prepare()
                 for slot in self._slots:
-                    if waiting and self._ready(slot):
-                        place = waiting.popleft()
+                    if asked.waiting and self._ready(slot):
+                        place = asked.waiting.popleft()
                         slot.job = place
                         self._send(slot, *jobs[place]())
-                self._settle(waiting, answers, heard)
+                self._settle(asked)
         except BaseException:
             self._forget()
             raise
-        return [answers[place] for place in range(len(jobs))]
+        return [asked.answers[place] for place in range(len(jobs))]
 
     def close(self) -> None:
         """Dismiss everyone."""
@@ -190,7 +213,7 @@ class Fleet:
 
     def _send(self, slot: _Slot, message: Message, files: Files | None = None) -> None:
         data, files = pack(message), files or {}
-        slot.kind = message["kind"]
+        slot.kind, slot.about = message["kind"], _about(message)
         size = len(data) + sum(len(name) + len(content) for name, content in files.items())
         if slot.kind in ("unit", "test", "advance"):
             self.traffic.sent += size
@@ -198,9 +221,7 @@ class Fleet:
             self.traffic.setup_sent += size
         slot.ticket = self.crew.call(slot.actor, data, files)
 
-    def _settle(
-        self, waiting: deque[int], answers: dict[int, dict[str, Any]], heard: Heard | None
-    ) -> None:
+    def _settle(self, asked: _Round) -> None:
         """Wait for an answer or a loss, and see to it."""
         busy = {slot.number: slot.ticket for slot in self._slots if slot.ticket is not None}
         if not busy:
@@ -217,18 +238,20 @@ class Fleet:
                 if job is None and slot.kind not in _OWN:
                     continue
                 answer = self._heard(slot, data)
-            except Lost as loss:
+            except (Lost, Raised) as loss:
                 if job is not None:
-                    waiting.appendleft(job)
+                    if isinstance(loss, Raised):
+                        self._bear(slot, job, asked, str(loss))
+                    asked.waiting.appendleft(job)
                     self.again += 1
                 self._replace(slot, str(loss))
                 continue
             if slot.kind == "open":
                 self._take(slot, answer)
             elif job is not None:
-                answers[job] = answer
-                if heard is not None:
-                    heard(job, answer)
+                asked.answers[job] = answer
+                if asked.heard is not None:
+                    asked.heard(job, answer)
         if self.present:
             self._since = monotonic()
         elif monotonic() - self._since > self.patience:
@@ -246,23 +269,26 @@ class Fleet:
         if "error" in answer:
             if answer["mendable"]:
                 raise UserError(f"{_name(slot)}: {answer['error']}")
-            raise Lost(answer["error"])
-        return {**answer, "by": _name(slot), "versions": slot.versions}
+            raise Raised(answer["error"])
+        return {"by": _name(slot), "versions": slot.versions, **answer}
+
+    def _bear(self, slot: _Slot, job: int, asked: _Round, why: str) -> None:
+        """A job raised. Raises UserError if nobody is to be asked for it again."""
+        asked.errors[job] += 1
+        if slot.kind in _LOOKS:
+            raise UserError(f"{_name(slot)}: {why}")
+        if asked.errors[job] == _TRIES:
+            raise UserError(
+                f"cluster: {slot.about} raised on {_TRIES} actors, the last of them "
+                f"{_name(slot)}: {why}; mend that, then continue with --resume"
+            )
 
     def _take(self, slot: _Slot, facts: dict[str, Any]) -> None:
         """An actor has opened: it must be what the others are."""
         slot.node, slot.versions, slot.opened = facts["node"], facts["versions"], True
-        first = self._facts = self._facts or facts
-        for key, what in (
-            ("kernel", "runs kernel"),
-            ("model", "holds another model, of digest"),
-            ("examples", "sees other data, of digest"),
-        ):
-            if facts[key] != first[key]:
-                raise UserError(
-                    f"{_name(slot)} {what} {facts[key]}, the one on {first['node']} {first[key]}: "
-                    "every node needs the same engine, model and data"
-                )
+        assert self.alike is not None
+        self.alike.check(_name(slot), facts)
+        self._facts = self._facts or facts
 
     def _replace(self, slot: _Slot, why: str) -> None:
         """Hire anew for an actor that was lost, unless it was lost too often."""
@@ -287,3 +313,9 @@ class Fleet:
 
 def _name(slot: _Slot) -> str:
     return f"actor {slot.number}" + (f" on {slot.node}" if slot.node else "")
+
+
+def _about(message: Message) -> str:
+    """A job as a line names it."""
+    told = {key: message[key] for key in ("generation", "pairs", "places") if key in message}
+    return " ".join([message["kind"], *(f"{key} {value}" for key, value in told.items())])

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from loralab import tasks
 from loralab.config import EngineConfig, EvolveConfig
-from loralab.errors import UserError
+from loralab.evolution.cluster.alike import Alike, facts_of
 from loralab.evolution.cluster.crew import RayCrew
 from loralab.evolution.cluster.elsewhere import ElsewhereEngine
 from loralab.evolution.cluster.fleet import Fleet
 from loralab.evolution.events import OnEvent
-from loralab.evolution.workbench import Open, Workbench, fingerprint
+from loralab.evolution.start import Start
+from loralab.evolution.workbench import Open, Workbench
+from loralab.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ def open_site(config: EvolveConfig, open_workbench: Open, on_event: OnEvent) -> 
     try:
         fleet.hire()
         here = open_workbench(drivers_config(config))
-        facts = fleet.open()
-        if fingerprint(here.weights) != facts["model"]:
-            raise UserError(
-                f"model {config.model!r} on {facts['node']} is not the one that this process "
-                "reads: every node needs the same model"
-            )
-        engine = ElsewhereEngine(fleet, facts, here.engine)
-        yield Site(fleet, replace(here, engine=engine))
+        task = tasks.get(config.task.name, **config.task.options)
+        fleet.alike = Alike(facts_of(here, task), on_event)
+        engine = ElsewhereEngine(fleet, fleet.open(), here.engine)
+
+        def initialise(config: EvolveConfig, task: Task) -> Start:
+            return here.initialise(drivers_config(config), task)
+
+        yield Site(fleet, replace(here, engine=engine, initialise=initialise))
     finally:
         fleet.close()
         crew.close()

@@ -5,11 +5,9 @@ It knows nothing of Ray. Every answer names the digest of the state it was worke
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +18,6 @@ from loralab import tasks
 from loralab.adapters.state import AdapterState
 from loralab.config import parse_evolve
 from loralab.engines.base import Request, Sampling
-from loralab.environment import describe
 from loralab.errors import UserError
 from loralab.evolution.arena import (
     Answered,
@@ -31,6 +28,7 @@ from loralab.evolution.arena import (
     scorer_of,
 )
 from loralab.evolution.centre import Looked, subject_of
+from loralab.evolution.cluster.alike import facts_of
 from loralab.evolution.cluster.messages import (
     Files,
     Message,
@@ -48,13 +46,11 @@ from loralab.evolution.space import NOISE_KEPT, Centre, Perturbed
 from loralab.evolution.start import START
 from loralab.evolution.strategy import Population, SearchState, tell
 from loralab.evolution.weight_space import ROWS_COMPARED
-from loralab.evolution.workbench import Open, Workbench, fingerprint, sample_rows
+from loralab.evolution.workbench import Open, Workbench, sample_rows
 from loralab.health.prompts import Prompt
 from loralab.rollouts import Batch, Rollout
 from loralab.tasks.base import Task
 from loralab.timings import Timings
-
-_VERSIONS = ("loralab", "python", "torch", "numpy", "cpu")
 
 
 class Worker:
@@ -105,15 +101,8 @@ class Worker:
         return Examples(self._config, self._task, scorer_of(self._config))
 
     def _opened(self, job: Message, files: Files) -> dict[str, Any]:
-        versions = describe()
-        return {
-            "kernel": self._bench.engine.kernel,
-            "accepts": sorted(self._bench.engine.accepts),
-            "model": fingerprint(self._bench.weights),
-            "examples": examples_digest(self._task),
-            "node": platform.node(),
-            "versions": {name: versions[name] for name in _VERSIONS},
-        }
+        accepts = sorted(self._bench.engine.accepts)
+        return {**facts_of(self._bench, self._task), "accepts": accepts}
 
     def _begun(self, job: Message, files: Files) -> dict[str, Any]:
         row = job["header"]
@@ -270,15 +259,6 @@ class Worker:
     @staticmethod
     def _pairs(state: SearchState) -> int:
         return state.options.population // (2 if state.options.antithetic else 1)
-
-
-def examples_digest(task: Task) -> str:
-    """Hex digest of the examples' names and prompts: tells whether two nodes see the same data."""
-    digest = blake2b(digest_size=16)
-    for split in ("train", "test"):
-        for example in task.examples(split):
-            digest.update(f"{split}|{example.id}|{task.prompt(example)!r}\n".encode())
-    return digest.hexdigest()
 
 
 def _digest(state: SearchState) -> str:
