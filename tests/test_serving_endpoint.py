@@ -166,9 +166,50 @@ def test_a_model_on_a_server_is_evaluated(
         assert len(server.asked) == 3
         assert {body["model"] for body in server.bodies("/v1/chat/completions")} == {NAME}
         assert cli.main([*words, *where, "--adapter", "x", "--out", str(tmp_path / "b")]) == 2
+        assert cli.main([*words, *where, "--device", "cpu", "--out", str(tmp_path / "b")]) == 2
     told = json.loads(capsys.readouterr().out)
     assert [row["completion"] for row in told["completions"]] == ["yes"] * 3
     assert cli.main([*words, "--key-variable", "A_KEY", "--out", str(tmp_path / "c")]) == 2
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert server.url in config
     assert "secret" not in config
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "function_call"])
+def test_a_text_that_was_cut_is_no_answer(server: ModelServer, reason: str) -> None:
+    def said(body: Mapping[str, Any], _: Mapping[str, str]) -> Any:
+        given = {"a": reason, "b": None, "c": "length"}[body["prompt"]]
+        return {"choices": [{"text": "half", "finish_reason": given}]}
+
+    server.routes = {"POST /completions": said}
+    cut, *whole = EndpointEngine(server.url, "m").generate([Request(p) for p in "abc"])
+    assert (cut.text, cut.finish_reason) == ("", "error")
+    assert repr(reason) in str(cut.error)
+    assert [done.finish_reason for done in whole] == ["stop", "length"]
+
+
+def refusing(*_: Any) -> Any:
+    raise Answer(400, {"error": "max_tokens is not supported"})
+
+
+def test_a_server_that_fails_every_request_is_not_asked_them_all(server: ModelServer) -> None:
+    engine = EndpointEngine(server.url, "m", workers=1)
+    assert engine.generate([Request("a")])[0].error is None
+    echo, server.routes = server.routes, {"POST /completions": refusing}
+    later = engine.generate([Request("a")] * 20)
+    assert all("max_tokens is not" in str(done.error) for done in later)
+    fresh = EndpointEngine(server.url, "m", workers=1)
+    with pytest.raises(UserError, match=r"8 requests failed and none was answered.*max_tokens"):
+        fresh.generate([Request("a")] * 200)
+    assert len(server.asked) < 1 + 20 + 100
+    server.routes = echo
+    assert fresh.generate([Request("a")])[0].text == "a"
+
+
+def test_an_evaluation_without_one_answer_does_not_end_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", NAME, "--task", "conciseness", "--limit", "3", "--out", str(tmp_path / "out")]
+    with serving(ModelServer({"POST /v1/chat/completions": refusing})) as server:
+        assert cli.main([*words, "--endpoint", f"{server.url}/v1"]) == 1
+    assert "says nothing of the model" in capsys.readouterr().err

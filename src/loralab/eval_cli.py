@@ -94,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         engine, adapter = engine_of(subject)
     rows: list[list[str]] = []
+    hopeless = False
     with Run.create(directory, asked) as written:
         for few, task in made:
             with _Counter() as counter:
@@ -106,10 +107,16 @@ def run(arguments: argparse.Namespace) -> int:
                 facts = {"model": arguments.model, "adapter": arguments.adapter, "shots": few}
                 print(json.dumps({**facts, "out": str(directory), **result.to_dict()}))
             rows += _table_rows(few, result)
+            hopeless |= 0 < len(result.rollouts) == result.failed
     if not arguments.json:
         _print_table(["task", "shots", "metric", "n", "score", "95 %"], rows)
     _say_where(directory)
-    return 0
+    if hopeless:
+        print(
+            "no completion came, or none could be scored: the score says nothing of the model",
+            file=sys.stderr,
+        )
+    return 1 if hopeless else 0
 
 
 def _perplexity(
@@ -153,8 +160,8 @@ def _refuse_of_a_server(arguments: argparse.Namespace) -> None:
         if arguments.key_variable is not None:
             raise UserError("--key-variable is the key of a server: give its --endpoint")
         return
-    for name in ("adapter", "dtype"):
-        if getattr(arguments, name) is not None:
+    for name, unsaid in (("adapter", None), ("dtype", None), ("device", "auto")):
+        if getattr(arguments, name) != unsaid:
             raise UserError(f"--{name} with --endpoint: the server has its model; leave it out")
 
 

@@ -6,12 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loralab.adapters.state import AdapterState
-from loralab.engines.base import Completion, Progress, Request
+from loralab.engines.base import Completion, FinishReason, Progress, Request
 from loralab.engines.http_json import Failed, JsonClient, bearer
 from loralab.errors import UserError
 
 _WAIT = 1.0
 """Seconds before the first retry; each later one waits twice as long."""
+_HOPELESS = 8
+"""Requests that fail before any is answered, after which no more are asked."""
+_REASONS: Mapping[str | None, FinishReason] = {
+    None: "stop",
+    "stop": "stop",
+    "eos_token": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+}
+"""The protocol's words and those of text-generation-inference. The others, such as a filter's or a
+tool's, are not said of a whole answer."""
 
 
 class EndpointEngine:
@@ -43,6 +54,7 @@ class EndpointEngine:
         self._workers = workers
         headers = bearer(key_variable, f"endpoint {url}")
         self._client = JsonClient(url, headers, timeout=timeout, retries=retries, wait=_WAIT)
+        self._answered = False
 
     @property
     def kernel(self) -> str:
@@ -59,12 +71,24 @@ class EndpointEngine:
         """Completions in the order of the requests.
 
         Raises:
-            UserError: the server is not there, or refuses the model or the key.
+            UserError: the server is not there, refuses the model or the key, or has failed every
+                request so far, eight at least.
         """
         found: dict[int, Completion] = {}
+        failed = 0
 
         def done(index: int, completion: Completion) -> None:
+            nonlocal failed
             found[index] = completion
+            if completion.error is None:
+                self._answered = True
+            elif requests[index].prompt:
+                failed += 1
+            if not self._answered and failed >= _HOPELESS:
+                raise UserError(
+                    f"endpoint {self._url}: {failed} requests failed and none was answered; the "
+                    f"last: {completion.error}"
+                )
             if progress is not None:
                 progress(len(found), len(requests))
 
@@ -107,4 +131,6 @@ def _completion(answer: Any) -> Completion:
         raise Failed(f"an answer without a choice: {str(answer)[:200]}") from error
     if not isinstance(text, str):
         raise Failed(f"an answer without text: {str(choice)[:200]}")
-    return Completion(text, (), "length" if reason == "length" else "stop")
+    if reason not in _REASONS:
+        raise Failed(f"an answer that was ended by {str(reason)[:80]!r}")
+    return Completion(text, (), _REASONS[reason])
