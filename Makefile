@@ -47,6 +47,7 @@ $(VLLM)/.installed: constraints-vllm.txt pyproject.toml
 	@touch $@
 
 test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -c 'import torch, vllm'
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/test_vllm_*.py
 
 lint: install

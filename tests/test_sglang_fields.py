@@ -6,6 +6,7 @@ LORALAB_SGLANG_WHEEL=/tmp/wheels/sglang-0.5.23-....whl pytest tests/test_sglang_
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import zipfile
@@ -23,11 +24,30 @@ def test_the_kept_fields_are_the_wheels() -> None:
     assert json.loads(sglang_fields.KEPT.read_text()) == sglang_fields.read(Path(wheel))
 
 
+def routes_of(source: str) -> set[str]:
+    """What the client's calls ask: `post("x")`, `_facts("x")`, `_change(client, "x")`, and `get`
+    of a client."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        made = node.func.value
+        of_client = isinstance(made, ast.Call) and ast.unparse(made.func) == "JsonClient"
+        if node.func.attr in ("post", "_facts", "_change") or (
+            node.func.attr == "get" and of_client
+        ):
+            words = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            found |= {f"/{word}" for word in words if isinstance(word, str)}
+    return found
+
+
 def test_every_route_that_the_client_asks_is_kept() -> None:
     kept = json.loads(sglang_fields.KEPT.read_text())
-    assert set(kept["routes"]) == set(sglang_fields.ROUTES)
-    source = Path(sglang_fields.__file__).parents[1] / "src/loralab/engines/sglang_link.py"
-    assert "from_tensors" not in source.read_text()
+    engines = Path(sglang_fields.__file__).parents[1] / "src/loralab/engines"
+    sources = [(engines / name).read_text() for name in ("sglang.py", "sglang_link.py")]
+    asked = set().union(*map(routes_of, sources))
+    assert asked == set(kept["routes"]) == set(sglang_fields.ROUTES)
+    assert not any("from_tensors" in source for source in sources)
 
 
 def test_fields_routes_and_options_are_read_from_source(tmp_path: Path) -> None:
