@@ -202,6 +202,7 @@ def test_rewind_forgets_a_generation_to_be_run_again(tmp_path: Path) -> None:
         for generation in range(4):
             run.log_metrics({"generation": generation})
             run.log_completions([{"generation": generation}] * 2)
+        run.log_completions([{"generation": 1, "phase": "after"}])
         run.rewind(2)
         assert [row["generation"] for row in run.metrics()] == [0, 1]
         assert [row["generation"] for row in run.completions()] == [0, 0, 1, 1]

@@ -174,14 +174,19 @@ class Run:
         return durable.read_lines(self.path / "readings.jsonl")
 
     def rewind(self, generation: int) -> None:
-        """Forget metrics and completions of `generation` and later, before it is run again.
+        """Forget metrics and completions of `generation` and later, before it is run again, and
+        what was answered after the end, which is asked again.
 
         A run killed between its log and its journal would otherwise report a generation twice.
         """
         self._must_be_writable()
         for name in ("metrics.jsonl", "completions.jsonl"):
             rows = durable.read_lines(self.path / name)
-            kept = [row for row in rows if row.get("generation", -1) < generation]
+            kept = [
+                row
+                for row in rows
+                if row.get("generation", -1) < generation and row.get("phase") != "after"
+            ]
             if len(kept) < len(rows):
                 durable.write_whole(
                     self.path / name, "".join(json.dumps(row) + "\n" for row in kept)
