@@ -153,6 +153,28 @@ def test_one_that_ends_or_sleeps_at_its_start_is_one_line(monkeypatch: pytest.Mo
         assert scorer._processes == []
 
 
+def test_one_killed_at_its_start_is_started_again_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    killed = (
+        "import os, sys, pathlib, runpy; at = pathlib.Path(sys.argv[1]);"
+        "lives = at.read_text() if at.exists() else ''; at.write_text(lives + 'x');"
+        "len(lives) < 2 and os.kill(os.getpid(), 9); sys.argv[1:] = [];"
+        "runpy.run_module('loralab.scoring.worker', run_name='__main__')"
+    )
+    command = (sys.executable, "-c", killed, str(tmp_path / "lives"))
+    monkeypatch.setattr(process, "COMMAND", command)
+    task = tasks.get("conciseness")
+    with Scorer("conciseness", {}, deadline=60, workers=1) as scorer:
+        found = scorer.score(asked(task))
+    assert all(isinstance(score, Score) for score in found)
+    assert (tmp_path / "lives").read_text() == "xxx"
+    always = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(process, "COMMAND", always)
+    with pytest.raises(UserError, match="ended by signal 9 at start"):
+        Scorer("conciseness", {}, deadline=60, workers=1).score(asked(task))
+
+
 DRIVER = """
 import sys
 from loralab.scoring import Scorer

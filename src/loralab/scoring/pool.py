@@ -32,6 +32,8 @@ _CHUNK = 32
 _TRIES = 2
 """A worker that died under an item may have been killed from outside; one that dies again was
 killed by the item."""
+_STARTS = 3
+"""Workers in a row that may be ended by a signal before they are ready."""
 
 
 class Scorer:
@@ -52,6 +54,7 @@ class Scorer:
         self._hello = {"name": name, "options": dict(options), "deadline": deadline}
         self._processes: list[Process] = []
         self._empty: dict[tuple[Split, str], Score | str] = {}
+        self._killed = 0
 
     def score(self, items: Sequence[Item]) -> list[Score | str]:
         """Of each item its score, or in one line why it has none.
@@ -159,6 +162,10 @@ class Scorer:
         self._processes.remove(process)
         how = process.end()
         if not process.ready:
+            self._killed += 1
+            # As one that is killed at work: the next may be luckier.
+            if process.ended and how.startswith("signal") and self._killed < _STARTS:
+                return []
             took = f"took longer than {LONGEST_START:g} s" if late else f"ended by {how}"
             raise UserError(f"task {self.name}: the process that was to score it {took} at start")
         if not process.places:
@@ -174,6 +181,7 @@ class Scorer:
     def _started(self, row: Mapping[str, Any]) -> None:
         if "error" in row:
             raise UserError(f"in the process that scores: {row['error']}")
+        self._killed = 0
 
 
 def _score(row: Mapping[str, Any]) -> Score | str:
