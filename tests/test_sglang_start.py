@@ -27,7 +27,7 @@ from loralab.evolution.opening_engines import open_workbench
 from loralab.evolution.trainer import evolve
 from loralab.models.load import load
 from loralab.run import Run
-from model_server import serving
+from model_server import Answer, serving
 from serving_contract import texts, tiny_adapters, tiny_prompts
 from sglang_server import FakeSglang
 
@@ -98,6 +98,35 @@ def test_a_search_on_a_server_ends_in_the_bits_of_one_in_process(
         assert server.adapters == {}
     here = searched(tmp_path / "here", config_for(saved, {"backend": "torch"}))
     assert there == here
+
+
+def test_a_search_whose_server_stays_busy_stops_and_goes_on_with_nothing_lost(
+    saved: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load(str(saved), "float32")
+    with serving(FakeSglang(model, tokenizer, max_loras=4)) as server:
+        section = {"url": server.url, "batch": 5, "retries": 0}
+        config = config_for(saved, {"name": "sglang", "sglang": section})
+        sound, path = server.routes["POST /generate"], tmp_path / "there"
+        journal = path / "journal.jsonl"
+
+        def tired(body: Any, headers: Any) -> Any:
+            # With the second generation under way.
+            if journal.exists() and len(journal.read_text().splitlines()) > 1:
+                raise Answer(503, {"error": "queue full"})
+            return sound(body, headers)
+
+        server.routes = {**server.routes, "POST /generate": tired}
+        with pytest.raises(UserError, match=r"HTTP 503.*--resume"):
+            searched(path, config)
+        written = journal.read_bytes()
+        assert len(written.splitlines()) > 1
+        server.routes = {**server.routes, "POST /generate": sound}
+        with Run.resume(path, config.to_dict()) as run:
+            result = evolve(config, run, open_workbench=open_workbench)
+        assert journal.read_bytes().startswith(written)
+    here = searched(tmp_path / "here", config_for(saved, {"backend": "torch"}))
+    assert (result.digest, result.final) == here
 
 
 def test_our_own_server_starts_anew_and_ends_with_its_log() -> None:
