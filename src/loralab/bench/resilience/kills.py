@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -126,13 +127,16 @@ def _trial(
             pause = 0.01
             if not victims:
                 continue
-            at = _progress(path)
+            at, started = _progress(path), below(child.pid)
             with suppress(ProcessLookupError):
                 os.kill(random.choice(victims), signal.SIGKILL)
                 hits += 1
                 when[at] += 1
             if subject.ends_run:
                 _gone(child)
+                left = outliving(started)
+                if left:
+                    return ending(f"outlived by {', '.join(left)}", child.ended(), "", "")
                 lived = lived and scene.kept(path)
                 child = scene.start(path)
                 pause = random.uniform(*window)
@@ -148,6 +152,22 @@ def _trial(
 def _gone(child: Child) -> None:
     if child.wait() is None:
         raise UserError(f"bench resilience: a killed process is there after {LONGEST:g} s")
+
+
+def outliving(pids: Sequence[int], seconds: float = LONGEST) -> list[str]:
+    """Programs of these processes that are still there after so long; [] as soon as none is."""
+    until = time.monotonic() + seconds
+    while (left := [pid for pid in pids if _lives(pid)]) and time.monotonic() < until:
+        time.sleep(0.05)
+    return [told(pid).split(b"\0")[0].decode(errors="replace") for pid in left]
+
+
+def _lives(pid: int) -> bool:
+    """Not of one that has ended and whose parent has not taken note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _progress(path: Path) -> str:

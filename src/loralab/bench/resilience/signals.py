@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Self
 
 from loralab import durable
 from loralab.bench.resilience.child import Child
@@ -16,23 +19,30 @@ from loralab.bench.resilience.world import Scene
 from loralab.errors import UserError
 
 _YEAR = 365.25 * 24 * 3600
+_ATTEMPTS = 6
+"""Signals that may have fallen between two generations, or come after the end: one that always
+seems to is lost."""
 
 
 def terminated(scene: Scene, trials: int, random: Random, say: Callable[[str], None]) -> Row:
     """SIGTERM in a generation: that one is finished, the process ends with exit code 0."""
     found, waits, generations = [], [], []
     for number in range(trials):
-        path = scene.new()
-        child = _in_a_generation(scene, path, random)
-        before = _lines(path)
-        began = time.monotonic()
-        child.signal(signal.SIGTERM)
-        code = child.ended()
-        waits.append(time.monotonic() - began)
+        for _ in range(_ATTEMPTS):
+            path = scene.new()
+            child = _in_a_generation(scene, path, random)
+            before = _lines(path)
+            began = time.monotonic()
+            child.signal(signal.SIGTERM)
+            code = child.ended()
+            took = time.monotonic() - began
+            if code != 0 or _lines(path) > before:
+                break
+        waits.append(took)
         generations.append(durable.read_lines(path / "metrics.jsonl")[-1]["seconds"])
         more = _lines(path) - before
         asked = next((line for line in child.said.splitlines() if "SIGTERM" in line), "")
-        good = code == 0 and more <= 1 and asked and scene.kept(path)
+        good = code == 0 and more == 1 and asked and scene.kept(path)
         wrong = None if good else f"exit code {code} after {more} generations more: {child.error}"
         trial = _resumed(scene, path, shown(asked, path))
         if wrong or trial.wrong:
@@ -50,19 +60,22 @@ def terminated_twice(scene: Scene, trials: int, random: Random, say: Callable[[s
     """A second SIGTERM: it stops at once, the generation in flight is lost and nothing else."""
     found, waits = [], []
     for number in range(trials):
-        path = scene.new()
-        child = _in_a_generation(scene, path, random)
-        child.signal(signal.SIGTERM)
-        while "SIGTERM" not in child.said and child.wait(0.002) is None:
-            pass
-        began = time.monotonic()
-        child.signal(signal.SIGTERM)
-        code = child.ended()
-        waits.append(time.monotonic() - began)
+        for _ in range(_ATTEMPTS):
+            path = scene.new()
+            child = _in_a_generation(scene, path, random)
+            child.signal(signal.SIGTERM)
+            while "SIGTERM" not in child.said and child.wait(0.002) is None:
+                pass
+            began = time.monotonic()
+            child.signal(signal.SIGTERM)
+            code = child.ended()
+            took = time.monotonic() - began
+            if code != 0:
+                break
+        waits.append(took)
         error, kept = child.error, scene.kept(path)
         trial = _resumed(scene, path, error)
-        # One that was over before the second signal came is as one that had a single signal.
-        if not kept or code not in (0, 130) or trial.wrong:
+        if not kept or code != 130 or trial.wrong:
             trial = Trial(
                 False, trial.identical, error, trial.wrong or f"exit code {code}: {error}"
             )
@@ -117,11 +130,29 @@ def clock_jumps(scene: Scene, trials: int, random: Random, say: Callable[[str], 
 
 
 def jump(seed: int) -> None:
-    """In the run's process: the wall clock is anywhere within a year of now."""
+    """In the run's process: the wall clock is anywhere within a year of now, for Python that asks
+    `time` or `datetime`. Files get their times from the kernel, whose clock stays."""
     random = Random(seed)
-    real, real_ns = time.time, time.time_ns
-    time.time = lambda: real() + random.uniform(-_YEAR, _YEAR)
-    time.time_ns = lambda: real_ns() + int(1e9 * random.uniform(-_YEAR, _YEAR))
+    real, real_ns, dated = time.time, time.time_ns, datetime.datetime
+
+    def off() -> float:
+        return random.uniform(-_YEAR, _YEAR)
+
+    class Jumping(datetime.datetime):
+        """`now` is in C and asks no function that could be put in its place."""
+
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Self:
+            return super().now(tz) + datetime.timedelta(seconds=off())
+
+    time.time = lambda: real() + off()
+    time.time_ns = lambda: real_ns() + int(1e9 * off())
+    for module in list(sys.modules.values()):
+        # Those that took the class by its name hold on to it.
+        if getattr(module, "__name__", "").split(".")[0] in ("loralab", "datetime"):
+            for name, value in list(vars(module).items()):
+                if value is dated:
+                    setattr(module, name, Jumping)
 
 
 def _in_a_generation(scene: Scene, path: Path, random: Random) -> Child:
