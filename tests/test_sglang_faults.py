@@ -168,6 +168,11 @@ def told(server: FakeSglang, **other: Any) -> FakeSglang:
     return server
 
 
+@pytest.mark.parametrize("word", ["float32", "float", "auto"])
+def test_a_dtype_goes_by_its_other_names_too(server: FakeSglang, word: str) -> None:
+    assert f" {word} " in link(told(server, dtype=word)).kernel
+
+
 def test_what_a_server_lacks_is_said_before_the_search(server: FakeSglang) -> None:
     with pytest.raises(UserError, match="--enable-lora"):
         link(told(server, enable_lora=False))

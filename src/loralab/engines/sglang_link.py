@@ -28,6 +28,8 @@ _RESERVED, _RESERVED_OF_PROMPT = 2, 7
 """Tokens of the context that SGLang leaves free: beside prompt and completion (`Scheduler`'s
 `max_req_len - input_len - 1`, that being one below the context), and beside a prompt alone
 (`TpModelWorker`'s `max_req_input_len`, which a prompt must stay below)."""
+_SAME = {"float32": ("float",)}
+"""Other words of SGLang's for a dtype."""
 _ARITHMETIC = ("attention_backend", "kv_cache_dtype", "tp_size")
 """Options that change bits; the kernel names those that are set."""
 
@@ -119,7 +121,7 @@ class Link:
                 f"the server at {url} quantizes its weights ({server['quantization']}), and the "
                 "search looks at whole ones: start it without --quantization"
             )
-        if server.get("dtype") not in (self._dtype, "auto"):
+        if server.get("dtype") not in (self._dtype, *_SAME.get(self._dtype, ()), "auto"):
             raise UserError(
                 f"the server at {url} computes in {server.get('dtype')}, and the config says "
                 f"dtype: {self._dtype}: start it with --dtype {self._dtype}"
