@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fake_engine import FakeEngine, make_config, workbench
+from loralab import tasks
 from loralab.config import EvolveConfig
 from loralab.engines.base import Completion
 from loralab.errors import UserError
+from loralab.evolution import trainer
 from loralab.evolution.cluster import worker
+from loralab.tasks.base import Score
 from test_cluster_fleet import Stage, clustered, stage
 
 __all__ = ["stage"]
@@ -72,3 +77,26 @@ def test_a_look_that_raises_ends_the_looks_and_no_actor(
     assert len(stage.crews[-1].workers) == 4
     [line] = [text for text in stage.notices if "guard: looks at numbers alone" in text]
     assert "RuntimeError: out of memory in the look" in line
+
+
+def test_the_guards_canaries_are_scored_beside_the_driver(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tasks.get("conciseness")
+    asked = []
+
+    class Scorer:
+        """Of the driver, in place of one with processes."""
+
+        def one(self, split: Any, example: Any, text: str) -> Score:
+            asked.append(text)
+            return here.score(example, text)
+
+    @contextmanager
+    def scorer_of(config: EvolveConfig) -> Iterator[Scorer]:
+        yield Scorer()
+
+    monkeypatch.setattr(trainer, "scorer_of", scorer_of)
+    result, _ = stage.run("run", clustered(make_config(generations=1), actors=1))
+    assert result.complete
+    assert "" in asked

@@ -367,6 +367,25 @@ def test_a_look_that_fails_ends_no_search(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.undo()
 
 
+def test_a_reward_that_exits_on_a_text_without_merit_ends_no_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tasks.get("conciseness")
+    real, asked = own.score, []
+
+    def score(example: Any, text: str) -> Score:
+        if not text.strip("x"):
+            asked.append(text)
+            raise SystemExit(3)
+        return real(example, text)
+
+    monkeypatch.setattr(own, "score", score)
+    monkeypatch.setattr(tasks, "get", lambda name, **options: own)
+    result, _, _ = search(tmp_path / "run", generations=1)
+    assert asked
+    assert result.complete
+
+
 def test_a_search_cannot_be_rolled_back() -> None:
     values = make_config().to_dict() | {"guard": {"action": "rollback"}}
     with pytest.raises(UserError, match=r"guard\.action"):

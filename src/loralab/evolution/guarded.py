@@ -33,7 +33,8 @@ from loralab.health.reading import Reading
 from loralab.health.rules import judge
 from loralab.health.telling import lines
 from loralab.run import Run
-from loralab.scoring import Scorer
+from loralab.scoring import Scorer, scored
+from loralab.tasks.base import Example, Score, Task
 
 FIRST = (0, 1, 5, 10, 25, 50)
 """Generations before which the centre writes, beside the end."""
@@ -174,9 +175,8 @@ class SearchGuard:
         examples = task.examples("train")[:_EXAMPLES]
         if not examples:
             return {}
-        score, scorer = task.score, self._scorer
-        if scorer is not None:
-            score = partial(scorer.one, "train")
+        scorer = self._scorer
+        score = partial(_score, task) if scorer is None else partial(scorer.one, "train")
         earned = unearned(task, examples, score, task.prompt)
         sampling = Sampling(self._config.generation.max_new_tokens)
         engine = self._bench.engine
@@ -212,6 +212,14 @@ class SearchGuard:
         assert self._wanted is not None
         if self._wanted.action == "stop" and any(one.severity == "fail" for one in found):
             self.stopping = True
+
+
+def _score(task: Task, example: Example, text: str) -> Score:
+    """As `Scorer.one`, in this process: whatever the reward raises is an error."""
+    found = scored(task, example, text)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
 
 
 def noise_ratios(space: Space, weights: Mapping[str, Tensor]) -> dict[str, float]:

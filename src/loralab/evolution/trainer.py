@@ -101,6 +101,9 @@ def evolve(
             if site is None
             else ClusterArena(site.fleet, examples, config, run, timings, on_event)
         )
+        if site is not None and scorer is None and config.guard is not None:
+            # As beside actors: a reward that hangs costs its own text. They start when asked.
+            scorer = until_end.enter_context(scorer_of(config))
         guard = SearchGuard(config, run, bench, state.space, on_event, scorer)
         guard.resume(state.generation)
         on_event(
