@@ -11,7 +11,7 @@ import pytest
 from loralab.config import SglangConfig
 from loralab.engines import sglang_link
 from loralab.engines.base import Request, Sampling
-from loralab.engines.sglang_link import Link, healthy
+from loralab.engines.sglang_link import Link, healthy, locked
 from loralab.errors import UserError
 from model_server import Answer, ModelServer, serving
 from serving_contract import texts, tiny_adapters, tiny_prompts
@@ -149,6 +149,15 @@ def test_a_server_of_our_own_is_ended_without_a_word_to_it(server: FakeSglang) -
 def test_a_page_not_found_is_no_health() -> None:
     with serving(ModelServer({})) as other:
         assert not healthy(other.url)
+        assert not locked(other.url)
+
+
+def test_a_server_without_our_key_is_told_from_ours(server: FakeSglang) -> None:
+    assert healthy(server.url)
+    assert not locked(server.url)
+    with running(key="k") as ours:
+        assert healthy(ours.url)
+        assert locked(ours.url)
 
 
 def test_a_server_of_other_weights_is_refused(server: FakeSglang) -> None:
