@@ -17,7 +17,7 @@ from loralab.config.evolve import ClusterConfig
 from loralab.engines.base import Completion, Request
 from loralab.errors import UserError
 from loralab.evolution.cluster import opening, worker
-from loralab.evolution.cluster.messages import pack, unpack
+from loralab.evolution.cluster.messages import floats, pack, unpack
 from loralab.evolution.cluster.worker import Worker
 from loralab.evolution.events import Event, GenerationDone, Notice
 from loralab.evolution.start import Start
@@ -184,6 +184,24 @@ def test_traffic_is_counted_and_small(stage: Stage) -> None:
     assert {worker for worker, kind in stage.crews[-1].kinds if kind == "unit"} == {0, 1, 2, 3}
     done = [event for event in stage.events if isinstance(event, GenerationDone)]
     assert len(done) == 3
+
+
+def test_of_a_generation_an_actor_is_sent_a_number_a_pair(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, real = list[Any](), LocalCrew.call
+
+    def call(crew: LocalCrew, actor: Worker, message: bytes, files: Any) -> int:
+        sent.extend(unpack(message).get("entries", ()))
+        return real(crew, actor, message, files)
+
+    monkeypatch.setattr(LocalCrew, "call", call)
+    config = make_config(generations=3, per_prompt_baseline=True)
+    stage.run("run", clustered(config, actors=2))
+    assert sent
+    for entry in sent:
+        assert set(entry) == {"generation", "weights", "held_out"}
+        assert len(floats(entry["weights"])) == 4
 
 
 def test_both_members_of_a_pair_meet_on_one_actor(stage: Stage) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import pytest
 
 from loralab.evolution.cluster.messages import (
+    compact,
+    floats,
     in_full,
     outlined,
     pack,
@@ -53,7 +55,8 @@ def generation(members: int, prompts: int, actors: int, rewards: str) -> tuple[i
         answer = {"digest": "0" * 32, "outline": outlined(made), "top": shown}
         sent += len(pack({**unit, "beat": [best, pair]}))
         received += len(pack({**answer, "tokens": 12345, "unchanged_share": rng.random()}))
-    entry = {"generation": 999, "fitness": [rng.gauss(0, 1) for _ in range(members)]}
+    weights = compact([rng.gauss(0, 1) for _ in range(members // 2)])
+    entry = {"generation": 999, "weights": weights}
     sent += actors * len(pack({"kind": "advance", "entries": [{**entry, "held_out": 0.5}]}))
     return sent, received
 
@@ -66,8 +69,21 @@ def test_a_generation_is_under_a_megabyte(members: int, prompts: int) -> None:
     assert few < sent + received
 
 
-def test_the_largest_generation_of_the_plan_is_under_a_megabyte() -> None:
-    assert sum(generation(512, 128, 8, "few")) < MEGABYTE
+@pytest.mark.parametrize("rewards", ["few", "any"])
+def test_the_largest_generation_of_the_plan_is_under_a_megabyte(rewards: str) -> None:
+    assert sum(generation(512, 128, 8, rewards)) < MEGABYTE
+
+
+def test_floats_travel_to_the_last_bit() -> None:
+    rng = random.Random(3)
+    many = [rng.gauss(0, 1) for _ in range(200)]
+    few, odd = [0.1, 1.0] * 9, [*many, 0.0, -0.0, 5e-324, 1.7e308, float("inf")]
+    for values in (many, odd, few, [1, 2.5], []):
+        again = floats(unpack(pack({"v": compact(values)}))["v"])
+        assert repr(again) == repr(values)
+    sent = len(pack({"v": compact(many)}))
+    assert sent < 0.85 * len(pack({"v": many}))
+    assert compact(few) == few
 
 
 def test_stand_ins_say_what_the_texts_said() -> None:

@@ -12,6 +12,7 @@ master plus noise and never written back, so nothing drifts (loralab's design, f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -98,19 +99,39 @@ def tell(state: SearchState, population: Population | None, fitness: Fitness) ->
     Raises:
         ValueError: fitness is not one row a member, or the population is another generation's.
     """
-    options = state.options
+    return moved(state, population, weights_of(fitness, state.options, state.floor))
+
+
+def weights_of(fitness: Fitness, options: EvolutionConfig, floor: float | None) -> list[float]:
+    """What a generation's rewards, as `tell` takes them, come to: the weight of each draw of noise
+    in the step, all that a state's move depends on. floor: as `shape` has it.
+
+    Raises:
+        ValueError: fitness is not one row a member.
+    """
     rewards = np.asarray(fitness, dtype=np.float64)
     if rewards.shape[:1] != (options.population,):
         raise ValueError(
             f"fitness has shape {rewards.shape}; expected {options.population} members first"
         )
+    shaped = shape(rewards, options.shaping, floor, options.per_prompt_baseline)
+    return [w / options.population for w in pair_weights(shaped, options.antithetic)]
+
+
+def moved(
+    state: SearchState, population: Population | None, weights: Sequence[float]
+) -> SearchState:
+    """The next state, given what `weights_of` made of the rewards.
+
+    Raises:
+        ValueError: the population is another generation's.
+    """
+    options = state.options
     if population is not None and population.generation != state.generation:
         raise ValueError(
             f"population of generation {population.generation} told to a state of generation "
             f"{state.generation}"
         )
-    shaped = shape(rewards, options.shaping, state.floor, options.per_prompt_baseline)
-    weights = [w / options.population for w in pair_weights(shaped, options.antithetic)]
     onward = partial(replace, state, generation=state.generation + 1)
     if not any(weights):
         return onward()

@@ -9,22 +9,20 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from loralab.adapters.state import AdapterState
 from loralab.config import EvolveConfig
 from loralab.environment import describe
 from loralab.errors import UserError
 from loralab.evolution.arena import Answers, Examples, shown
 from loralab.evolution.cluster.fleet import Fleet, Job
-from loralab.evolution.cluster.messages import Message, restored, stand_ins
+from loralab.evolution.cluster.messages import Message, compact, restored, stand_ins
 from loralab.evolution.events import Generating, OnEvent
 from loralab.evolution.journal import read
 from loralab.evolution.noise import pairs
 from loralab.evolution.shaping import Fitness
 from loralab.evolution.space import Centre, Perturbed
 from loralab.evolution.start import START
-from loralab.evolution.strategy import Population, SearchState
+from loralab.evolution.strategy import Population, SearchState, weights_of
 from loralab.rollouts import Rollout
 from loralab.run import Run
 from loralab.timings import Timings
@@ -55,8 +53,9 @@ class ClusterArena:
         self._score: float | None = None
         self._counted = (0, 0, 0, 0)
         contents = read(run.journal_path)
+        self._options, self._floor = config.evolution, contents.header.reward_floor
         entries = [
-            _entry(e.generation, e.fitness, None if e.held_out is None else e.held_out.reward)
+            self._entry(e.generation, e.fitness, None if e.held_out is None else e.held_out.reward)
             for e in contents.entries
         ]
         fleet.begin({"header": asdict(contents.header)}, files_under(run.path / START), entries)
@@ -80,7 +79,7 @@ class ClusterArena:
         prompts = [batch.task.prompt(example) for example in batch.examples]
         members: list[tuple[Rollout, ...]] = []
         for answer in of_units:
-            times = len(answer["outline"]["rewards"]) // size
+            times = len(answer["outline"]["correct"]) // size
             judged = stand_ins(answer["outline"], batch.examples * times, prompts * times)
             members += [tuple(judged[at : at + size]) for at in range(0, len(judged), size)]
         centre = self._joined(of_tests) if test else ()
@@ -102,7 +101,7 @@ class ClusterArena:
 
     def advance(self, fitness: Fitness) -> None:
         """Actors tell their states while this process tells its own."""
-        self._fleet.advance(_entry(self._met, np.asarray(fitness).tolist(), self._score))
+        self._fleet.advance(self._entry(self._met, fitness, self._score))
 
     def test(self, state: SearchState, saved: AdapterState | None = None) -> tuple[Rollout, ...]:
         """As `Arena.test`; actors make what is saved of the state themselves."""
@@ -123,6 +122,11 @@ class ClusterArena:
         since = (now - then for now, then in zip(self._counted, before, strict=True))
         return {**dict(zip(names, since, strict=True)), "actors": self._fleet.present}
 
+    def _entry(self, generation: int, fitness: Fitness, held_out: float | None) -> Message:
+        """What a generation came to, as little as a state needs of it."""
+        weights = compact(weights_of(fitness, self._options, self._floor))
+        return {"generation": generation, "weights": weights, "held_out": held_out}
+
     def _tests(self, state: SearchState, limit: int | None, saved: bool = False) -> list[Job]:
         """The held-out prompts in pieces of a unit's rows; texts of the first `limit` are sent."""
         options, total = state.options, len(self._held_out)
@@ -138,7 +142,7 @@ class ClusterArena:
         batch, rollouts = self._examples.held_out, list[Rollout]()
         for answer in answers:
             at = len(rollouts)
-            examples = batch.examples[at : at + len(answer["outline"]["rewards"])]
+            examples = batch.examples[at : at + len(answer["outline"]["correct"])]
             prompts = [batch.task.prompt(example) for example in examples]
             rollouts += stand_ins(answer["outline"], examples, prompts)
             for place, text in answer["texts"]:
@@ -172,7 +176,7 @@ class _Following:
                 f"this process ({differ or 'the same versions'}): every node needs the same "
                 "library versions and kind of CPU; mend that, then continue with --resume"
             )
-        self._done += len(answer["outline"]["rewards"])
+        self._done += len(answer["outline"]["correct"])
         found = answer.get("top")
         if found is not None:
             place, rollout = found
@@ -197,7 +201,3 @@ def files_under(folder: Path) -> dict[str, bytes]:
 
 def _piece_of(row: Message, places: Sequence[int]) -> Job:
     return lambda: ({**row, "places": places}, {})
-
-
-def _entry(generation: int, fitness: Any, held_out: float | None) -> Message:
-    return {"generation": generation, "fitness": fitness, "held_out": held_out}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load, save
 
 from loralab.adapters.state import AdapterState, Factors
@@ -42,12 +44,31 @@ def unpack(data: bytes) -> dict[str, Any]:
     return message
 
 
+def compact(values: Sequence[float]) -> Any:
+    """Floats of many values as their bytes, in less room than their digits and to the last bit; of
+    few values, or with whole numbers among them, as they are. For `floats`."""
+    if len(set(values)) <= len(values) // 4 or any(type(value) is not float for value in values):
+        return list(values)
+    # All first bytes, then all second ones: exponents are much alike, and are compressed then.
+    planes = np.array(values, "<f8").view(np.uint8).reshape(-1, 8).T
+    return b64encode(planes.tobytes()).decode("ascii")
+
+
+def floats(given: Any) -> list[float]:
+    """What `compact` was given."""
+    if not isinstance(given, str):
+        return list(given)
+    planes = np.frombuffer(b64decode(given), np.uint8).reshape(8, -1)
+    found: list[float] = planes.T.copy().view("<f8").ravel().tolist()
+    return found
+
+
 def outlined(rollouts: Iterable[Rollout]) -> dict[str, Any]:
     """Rollouts without their texts."""
     kept = list(rollouts)
     failed = {place: _shortened(r.failed) for place, r in enumerate(kept) if r.failed is not None}
     return {
-        "rewards": [rollout.score.reward for rollout in kept],
+        "rewards": compact([rollout.score.reward for rollout in kept]),
         "correct": "".join(_NAMES[rollout.score.correct] for rollout in kept),
         "hashes": "".join(_hashed(rollout.text) for rollout in kept),
         "looping": [place for place, rollout in enumerate(kept) if loops(rollout.text)],
@@ -76,7 +97,7 @@ def stand_ins(
             Score(reward, _MEANT[outline["correct"][place]]),
             outline["why"] if place in failed else None,
         )
-        for place, reward in enumerate(outline["rewards"])
+        for place, reward in enumerate(floats(outline["rewards"]))
     ]
 
 

@@ -32,6 +32,7 @@ from loralab.evolution.cluster.alike import facts_of
 from loralab.evolution.cluster.messages import (
     Files,
     Message,
+    floats,
     in_full,
     loaded,
     outlined,
@@ -44,7 +45,7 @@ from loralab.evolution.outputs import cast_adapter
 from loralab.evolution.replay import as_adapter, first_state
 from loralab.evolution.space import NOISE_KEPT, Centre, Perturbed
 from loralab.evolution.start import START
-from loralab.evolution.strategy import Population, SearchState, tell
+from loralab.evolution.strategy import Population, SearchState, moved
 from loralab.evolution.weight_space import ROWS_COMPARED
 from loralab.evolution.workbench import Open, Workbench, sample_rows
 from loralab.health.prompts import Prompt
@@ -127,7 +128,7 @@ class Worker:
             noise = tuple(self._noise.get(pair, nothing) for pair in range(pairs))
             made = Population(state.generation, Perturbed(Centre(None), (), noise, None))
             self._noise = {}
-            self._state = tell(state, made, entry["fitness"])
+            self._state = moved(state, made, floats(entry["weights"]))
         assert self._state is not None
         return {"digest": _digest(self._state), "generation": self._state.generation}
 
