@@ -83,6 +83,14 @@ def test_the_harness_sees_what_is_lost(plain: Scene) -> None:
         (path / name).write_bytes(before[:-200])
         assert plain.difference(path) is not None
         (path / name).write_bytes(before)
+    lines = (path / "completions.jsonl").read_bytes().splitlines(True)
+    for wrong in (lines[:-1], [*lines, lines[-1]]):
+        (path / "completions.jsonl").write_bytes(b"".join(wrong))
+        assert plain.difference(path) == "completions.jsonl has other lines"
+    (path / "completions.jsonl").write_bytes(b"".join(lines))
+    assert plain.difference(path) is None
+    plain.start(path).ended()  # which is resumed, and at its end
+    assert plain.difference(path) is None
     (path / "journal.jsonl").write_bytes(b"x" + before[1:])
     assert not plain.kept(path)
 

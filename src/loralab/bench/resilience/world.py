@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -85,6 +86,8 @@ class Scene:
         told = [row["generation"] for row in durable.read_lines(path / "metrics.jsonl")]
         if logs and told != list(range(GENERATIONS + 1)):
             return f"metrics.jsonl tells of generations {told}"
+        if logs and _answered(path) != _answered(self.reference):
+            return "completions.jsonl has other lines"
         if not (path / "report.html").exists():
             return "report.html is not there"
         return None
@@ -93,6 +96,13 @@ class Scene:
         """Whether what a stopped run has of its journal is what the undisturbed one has there."""
         file, whole = path / "journal.jsonl", (self.reference / "journal.jsonl").read_bytes()
         return not file.exists() or whole.startswith(file.read_bytes())
+
+
+def _answered(path: Path) -> Counter[tuple[Any, ...]]:
+    """How often completions.jsonl tells of each answer."""
+    keys = ("generation", "phase", "split", "example")
+    rows = durable.read_lines(path / "completions.jsonl")
+    return Counter(tuple(row[key] for key in keys) for row in rows)
 
 
 def config(folder: Path, **changes: Any) -> dict[str, Any]:
