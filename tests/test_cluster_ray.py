@@ -23,7 +23,7 @@ from loralab.run import Run
 from ray_cluster import Nodes, nodes_of, wait_until
 
 pytest.importorskip("ray")
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.timeout(1500), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,6 @@ def test_a_cluster_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None
         evolve(config, run, open_workbench=clustered_run.bench)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_kills_of_actors_and_nodes_at_random_times_change_nothing(
     tmp_path: Path, nodes: Nodes, undisturbed: Path, seed: int
@@ -153,7 +152,6 @@ def reached(path: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-@pytest.mark.slow
 def test_actors_go_with_a_killed_driver_and_a_stopped_one_ends_well(
     tmp_path: Path,
     nodes: Nodes,
@@ -185,7 +183,6 @@ def test_actors_go_with_a_killed_driver_and_a_stopped_one_ends_well(
     same_bits(path, undisturbed)
 
 
-@pytest.mark.slow
 def test_ray_starts_on_this_machine_by_itself(tmp_path: Path, undisturbed: Path) -> None:
     """In a process of its own: two clusters in one confuse Ray."""
     code = (
