@@ -18,9 +18,7 @@ from loralab.engines import leash, memory_folder, own_server
 from loralab.engines.memory_folder import MemoryFolder
 from loralab.engines.own_server import OwnServer, listeners
 from loralab.errors import UserError
-
-PATIENCE = 240.0
-"""Seconds that something may take on a machine that is loaded."""
+from watched_processes import PATIENCE, runs, until
 
 DRIVER = """
 import signal, sys, time
@@ -35,21 +33,6 @@ print(own._process.pid, flush=True)
 while True:
     time.sleep(1)
 """
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class Driver:
@@ -113,6 +96,7 @@ def test_a_killed_leash_takes_the_server_along(
     driver = started(tmp_path / "pid")
     os.kill(driver.leash, signal.SIGKILL)
     until(lambda: not runs(driver.server))
+    assert runs(driver.process.pid)
 
 
 def test_a_server_that_obeys_is_not_waited_for(tmp_path: Path) -> None:

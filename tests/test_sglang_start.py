@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -30,25 +28,9 @@ from loralab.run import Run
 from model_server import Answer, serving
 from serving_contract import texts, tiny_adapters, tiny_prompts
 from sglang_server import FakeSglang
+from watched_processes import PATIENCE, runs, until
 
 HERE = Path(__file__).parent
-PATIENCE = 240.0
-"""Seconds that something may take on a machine that is loaded."""
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -139,3 +139,17 @@ def named(row: Row, request: Request) -> Completion:
         return done
     owner = "base model" if request.adapter is None else f"adapter {request.adapter!r}"
     return Completion(done.text, done.tokens, done.finish_reason, f"{owner}: {done.error}")
+
+
+def refuse_base_changes(engine: str, changes: Mapping[str, Tensor]) -> None:
+    """For `set_base` of an engine whose base stays as it was loaded.
+
+    Raises:
+        UserError: there are changes.
+    """
+    if changes:
+        raise UserError(
+            f"engine {engine} cannot move base weights ({len(changes)} modules asked for): with "
+            "evolution.noise_on: weights, or a start that takes a part out of W such as "
+            "pissa, use engine.name: batched"
+        )

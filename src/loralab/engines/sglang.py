@@ -25,7 +25,7 @@ from loralab.config import SglangConfig
 from loralab.engines.base import Completion, Progress, Request
 from loralab.engines.http_json import Failed, Unreachable
 from loralab.engines.memory_folder import MemoryFolder
-from loralab.engines.served import Finite, ServedModel, named
+from loralab.engines.served import Finite, ServedModel, named, refuse_base_changes
 from loralab.engines.sglang_link import Link, Lost
 from loralab.engines.stopping import Row
 from loralab.errors import UserError
@@ -101,12 +101,7 @@ class SglangEngine:
 
     def set_base(self, changes: Mapping[str, Tensor]) -> None:
         """Nothing: the base stays as it was loaded. Raises UserError where it should move."""
-        if changes:
-            raise UserError(
-                f"engine sglang cannot move base weights ({len(changes)} modules asked for): with "
-                "evolution.noise_on: weights, or a start that takes a part out of W such as "
-                "pissa, use engine.name: batched"
-            )
+        refuse_base_changes("sglang", changes)
 
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None

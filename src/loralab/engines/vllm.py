@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loralab.adapters.state import AdapterState
 from loralab.engines.base import Completion, Progress, Request
-from loralab.engines.served import Finite, ServedModel, named
+from loralab.engines.served import Finite, ServedModel, named, refuse_base_changes
 from loralab.engines.stopping import Row
 from loralab.engines.vllm_flight import Flight, first_line
 from loralab.engines.vllm_members import MemberPlaces, allowed_rank
@@ -86,12 +86,7 @@ class VllmEngine:
 
     def set_base(self, changes: Mapping[str, Tensor]) -> None:
         """Nothing: the base stays as it was loaded. Raises UserError where it should move."""
-        if changes:
-            raise UserError(
-                f"engine vllm cannot move base weights ({len(changes)} modules asked for): with "
-                "evolution.noise_on: weights, or a start that takes a part out of W such as "
-                "pissa, use engine.name: batched"
-            )
+        refuse_base_changes("vllm", changes)
 
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None
